@@ -1,0 +1,16 @@
+PYTHON ?= python
+
+.PHONY: run test lint bench
+
+run:  ## prepare the default text and train the tiny model on it
+	$(PYTHON) train/pretrain.py
+
+test:  ## everything that takes less than ten minutes on two CPU cores
+	$(PYTHON) -m pytest
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+bench:  ## the HRM step against the published behaviour
+	$(PYTHON) bench/hrm_step.py

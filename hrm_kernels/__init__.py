@@ -1,0 +1,167 @@
+"""Ops of the hierarchical-reasoning model, on tensors: the one seam between models and kernels.
+
+A model calls these functions and knows nothing of how they run. `backend.py` decides that, `reference.py` defines what
+they compute. Shapes use B batch, T time, C channels, H query heads, K key/value heads, D head size, F MLP hidden,
+V vocabulary, M rows (any leading shape, flattened).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .backend import BackendError, current_backend, describe, implementation, use_backend, why_no_kernel
+from .reference import rope, rope_table
+from .version import __version__
+
+__all__ = [
+    "BackendError",
+    "__version__",
+    "add_rms_norm",
+    "attention",
+    "current_backend",
+    "describe",
+    "halting",
+    "linear_cross_entropy",
+    "qkv_rope",
+    "rms_norm",
+    "rope",
+    "rope_gqa_attention",
+    "rope_table",
+    "swiglu",
+    "swiglu_mul",
+    "use_backend",
+    "why_no_kernel",
+]
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor:
+    """RMSNorm over the last axis: x / sqrt(mean(x^2) + eps) * w, in float32, cast back to x's dtype.
+
+    Args:
+        x: [..., C], any float dtype. w: [C].
+    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4.
+    """
+    return implementation("rms_norm", x.device)(x, w, eps)
+
+
+def add_rms_norm(x: Tensor, branch: Tensor, w: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Residual add and RMSNorm in one pass: s = x + branch; returns (s, rms_norm(s, w, eps)).
+
+    A pre-norm block keeps both (the new residual and the next branch's input), a post-norm block only the second.
+
+    Args:
+        x: [..., C] residual. branch: [..., C], may have a lower precision than x (autocast). w: [C].
+    Returns:
+        (sum, norm), both [..., C] in the dtype x + branch promotes to.
+    """
+    return implementation("add_rms_norm", x.device)(x, branch, w, eps)
+
+
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
+    """silu(x w_up^T + b_up) * (x w_gate^T + b_gate). The activation sits on `up`, as in the published model.
+
+    Args:
+        x: [..., C]. w_gate, w_up: [F, C]. b_gate, b_up: [F] or None.
+    Returns:
+        [..., F].
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, eq. 5, with the two projections' roles exchanged.
+    """
+    return implementation("swiglu", x.device)(x, w_gate, w_up, b_gate, b_up)
+
+
+def swiglu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(up) * gate, elementwise, for callers that already have the two products. Shapes [..., F]."""
+    return implementation("swiglu_mul", gate.device)(gate, up)
+
+
+def qkv_rope(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """Query, key and value projections, packed, with queries and keys rotated by their positions.
+
+    Args:
+        x: [B, T, C]. w_q: [H*D, C]. w_k, w_v: [K*D, C]. biases: three vectors, or None.
+        rotary: rope_table(positions, D), float32 [T, D/2, 2] or [B, T, D/2, 2]; None leaves everything unrotated.
+            The table is an argument, not the positions, so that a forward pass of hundreds of block applications
+            computes its cosines once.
+    Returns:
+        [B, T, (H + 2K) * D]: queries, then keys, then values.
+    """
+    return implementation("qkv_rope", x.device)(x, w_q, w_k, w_v, biases, rotary)
+
+
+def attention(
+    qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Causal grouped-query attention on a packed projection, scale 1/sqrt(D).
+
+    Args:
+        qkv: [B, T, (H + 2K) * D] from `qkv_rope`. n_head: H. n_kv_head: K, divides H.
+        lengths: [B] int64, real tokens of each right-padded row. Causality already hides padding from real tokens;
+            what padding positions hold is finite and otherwise unspecified.
+        dropout_p: dropout of attention weights, 0 outside training.
+    Returns:
+        [B, T, H*D].
+    Source: Ainslie et al., "GQA", 2023, section 2.2.
+    """
+    return implementation("attention", qkv.device)(qkv, n_head, n_kv_head, lengths, dropout_p)
+
+
+def rope_gqa_attention(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    biases: tuple[Tensor, Tensor, Tensor] | None,
+    rotary: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`attention` of `qkv_rope`: from hidden states [B, T, C] to heads [B, T, H*D], before the output projection."""
+    qkv = qkv_rope(x, w_q, w_k, w_v, biases, rotary)
+    return attention(qkv, n_head, n_kv_head, lengths, dropout_p)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of softmax(x w^T) against `targets`, without ever holding all logits.
+
+    Per row: logsumexp(l) - l[target] + z_loss * logsumexp(l)^2, float32.
+
+    Args:
+        x: [M, C] hidden states. w: [V, C]. targets: [M] int64, already shifted; ignore_index rows count for nothing.
+        reduction: "mean" over the rows that count (0 if there are none), "sum", or "none" ([M], 0 where ignored).
+        z_loss: weight of the squared log-partition (Chowdhery et al., "PaLM", 2022, section 5), in nats.
+    Raises:
+        ValueError: shapes that do not match, or an unknown reduction.
+    """
+    return implementation("linear_cross_entropy", x.device)(x, w, targets, ignore_index, reduction, z_loss)
+
+
+def halting(
+    z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float = 0.0, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The halting head: pool over each row's real tokens, score, decide.
+
+    q = mean_{t < length}(z_H) w^T + b = [halt, continue] in float32 even under autocast; halt where
+    q_halt + halt_bias > q_continue, strictly.
+
+    Args:
+        z_H: [B, T, C]. w: [2, C]. b: [2]. halt_bias: in units of q. lengths: [B] int64 or None for all T.
+    Returns:
+        (q [B, 2] float32, halt [B] bool).
+    """
+    return implementation("halting", z_H.device)(z_H, w, b, halt_bias, lengths)

@@ -1,0 +1,182 @@
+"""Every op in plain PyTorch: the definition that the kernels are held to. Documentation of each is in __init__.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+# Rows of logits alive at a time in linear_cross_entropy. 256 x 50,304 float32 is 52 MB; on two CPU cores 64 to 1024
+# take the same time within noise, on a GPU callers get a kernel.
+CROSS_ENTROPY_CHUNK = 256
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for anything narrower, so that float64 input gives a float64 truth."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor:
+    x_wide = x.to(_wide(x.dtype))
+    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    return (x_wide * rstd * w.to(x_wide.dtype)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, branch: Tensor, w: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    total = x + branch
+    return total, rms_norm(total, w, eps)
+
+
+def swiglu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(up) * gate
+
+
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
+    return swiglu_mul(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up))
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float = 1e4) -> Tensor:
+    """cos and sin of position * theta^(-2i/D) for i < D/2: float32 [*positions.shape, D/2, 2].
+
+    Args:
+        positions: [T] or [B, T], integer. head_dim: D, even.
+    Source: Su et al., "RoFormer", 2021, eq. 15.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings rotate pairs, so it must be even")
+    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions.float()[..., None] * theta ** (-i / head_dim)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+
+
+def rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate adjacent (interleaved) pairs: (a, b) -> (a cos - b sin, a sin + b cos), in float32.
+
+    Args:
+        x: [B, T, heads, D]. table: from `rope_table`, [T, D/2, 2] or [B, T, D/2, 2].
+    Returns:
+        x's shape and dtype.
+    """
+    pairs = x.to(_wide(x.dtype)).unflatten(-1, (-1, 2))
+    cos, sin = table.unsqueeze(-3).unbind(-1)
+    a, b = pairs.unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def qkv_rope(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    b_q, b_k, b_v = biases or (None, None, None)
+    q, k, v = F.linear(x, w_q, b_q), F.linear(x, w_k, b_k), F.linear(x, w_v, b_v)
+    if rotary is not None:
+        head_dim = 2 * rotary.shape[-2]
+        q = rope(q.unflatten(-1, (-1, head_dim)), rotary).flatten(-2)
+        k = rope(k.unflatten(-1, (-1, head_dim)), rotary).flatten(-2)
+    return torch.cat((q, k, v), dim=-1)
+
+
+def attention(
+    qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    # Right padding comes after every real token, so the causal mask alone keeps it out of them: lengths only tells
+    # a kernel what it may leave out.
+    heads = rearrange(qkv, "b t (h d) -> b h t d", h=n_head + 2 * n_kv_head)
+    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=n_kv_head != n_head)
+    return rearrange(out, "b h t d -> b t (h d)")
+
+
+def halting(
+    z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float = 0.0, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(z_H.device.type, enabled=False):
+        z_wide = z_H.to(_wide(z_H.dtype))
+        if lengths is None:
+            pooled = z_wide.mean(dim=1)
+        else:
+            real = torch.arange(z_H.shape[1], device=z_H.device) < lengths[:, None]
+            pooled = (z_wide * real[..., None]).sum(dim=1) / lengths[:, None]
+        q = F.linear(pooled, w.to(pooled.dtype), b.to(pooled.dtype))
+    return q, q[:, 0] + halt_bias > q[:, 1]
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1] or targets.shape != x.shape[:1]:
+        shapes = f"x {tuple(x.shape)}, w {tuple(w.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"linear_cross_entropy needs x [M, C], w [V, C], targets [M]; got {shapes}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction {reduction!r} is none of 'mean', 'sum', 'none'")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w = x.to(dtype), w.to(dtype)
+    loss_M = _LinearCrossEntropy.apply(x, w, targets, ignore_index, z_loss)
+    if reduction == "none":
+        return loss_M
+    total = loss_M.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum().clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Per-row losses in chunks of rows; the backward computes each chunk's logits again from the saved logsumexp.
+
+    With l = x w^T, s = logsumexp(l), p = exp(l - s), g the gradient of the row's loss:
+    dl = g * (p * (1 + 2 z_loss s) - onehot(target)); dx = dl w; dw = dl^T x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, targets, ignore_index, z_loss):
+        wide = _wide(x.dtype)
+        loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
+        lse = torch.zeros_like(loss)
+        for rows, logits in _logit_chunks(x, w, wide):
+            target = targets[rows]
+            keep = target != ignore_index
+            picked = logits.gather(-1, target.where(keep, 0)[:, None])[:, 0]
+            top = logits.amax(-1)
+            lse[rows] = logits.sub_(top[:, None]).exp_().sum(-1).log() + top
+            loss[rows] = (lse[rows] - picked + z_loss * lse[rows].square()).where(keep, 0.0)
+        ctx.save_for_backward(x, w, targets, lse)
+        ctx.ignore_index, ctx.z_loss = ignore_index, z_loss
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, targets, lse = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(w, dtype=lse.dtype)
+        for rows, logits in _logit_chunks(x, w, lse.dtype):
+            target = targets[rows]
+            keep = target != ctx.ignore_index
+            scale = g[rows].where(keep, 0.0)
+            d_logits = logits.sub_(lse[rows, None]).exp_()
+            d_logits.mul_((scale * (1 + 2 * ctx.z_loss * lse[rows]))[:, None])
+            d_logits.scatter_add_(-1, target.where(keep, 0)[:, None], -scale[:, None])
+            d_logits = d_logits.to(w.dtype)
+            dx[rows] = d_logits @ w
+            dw += d_logits.t() @ x[rows]
+        return dx, dw.to(w.dtype), None, None, None
+
+
+def _logit_chunks(x: Tensor, w: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits in `dtype`) for chunks of x's rows. One buffer serves every chunk: the caller may overwrite
+    it, and fresh memory for each would cost as much as the arithmetic (page faults, measured on a CPU)."""
+    buffer = x.new_empty(min(CROSS_ENTROPY_CHUNK, x.shape[0]), w.shape[0])
+    for start in range(0, x.shape[0], CROSS_ENTROPY_CHUNK):
+        rows = slice(start, start + CROSS_ENTROPY_CHUNK)
+        logits = torch.mm(x[rows], w.t(), out=buffer[: x[rows].shape[0]])
+        yield rows, logits.to(dtype)

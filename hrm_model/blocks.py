@@ -1,0 +1,107 @@
+"""The two kinds of transformer block and their parts. All arithmetic but plain projections goes through hrm_kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hrm_kernels as ops
+
+from .config import HRMConfig
+
+
+class RMSNorm(nn.Module):
+    """Holder of a norm's weight [C], in float32 whatever the autocast precision."""
+
+    def __init__(self, config: HRMConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.eps = config.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + branch, norm of it)."""
+        return ops.add_rms_norm(x, branch, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, config: HRMConfig):
+        super().__init__()
+        kv_dim = config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.n_kv_head, self.dropout = config.n_head, config.kv_heads, config.dropout
+
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        heads = ops.rope_gqa_attention(
+            x,
+            *(q.weight, k.weight, v.weight),
+            biases=None if q.bias is None else (q.bias, k.bias, v.bias),
+            rotary=rotary,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            lengths=lengths,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return F.dropout(self.c_proj(heads), self.dropout, self.training)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(up(x)) * gate(x)): the activation sits on `up`, unlike Llama's."""
+
+    def __init__(self, config: HRMConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.down = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = ops.swiglu(x, self.gate.weight, self.up.weight, self.gate.bias, self.up.bias)
+        return F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+class GeluMLP(nn.Module):
+    """c_proj(gelu(c_fc(x))), exact GELU; for configurations without SwiGLU."""
+
+    def __init__(self, config: HRMConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x))), self.dropout, self.training)
+
+
+class _BlockParts(nn.Module):
+    def __init__(self, config: HRMConfig):
+        super().__init__()
+        self.ln_1 = RMSNorm(config)
+        self.attn = Attention(config)
+        self.ln_2 = RMSNorm(config)
+        self.mlp = SwiGLU(config) if config.use_swiglu else GeluMLP(config)
+
+
+class Block(_BlockParts):
+    """Pre-norm block of the input and output stacks: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+        x, normed = self.ln_2.add(x, self.attn(self.ln_1(x), rotary, lengths))
+        return x + self.mlp(normed)
+
+
+class ReasoningBlock(_BlockParts):
+    """Post-norm block of the HRM levels: ln_1(x + attn(x)), then ln_2(x + mlp(x))."""
+
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+        _, x = self.ln_1.add(x, self.attn(x, rotary, lengths))
+        return self.ln_2.add(x, self.mlp(x))[1]

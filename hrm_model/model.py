@@ -1,0 +1,246 @@
+"""HRMForCausalLM: ids -> embedding -> input blocks -> HRM core -> output blocks -> logits or loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hrm_kernels as ops
+
+from .blocks import Block, RMSNorm
+from .config import HRMConfig
+from .core import GRADIENTS, HRMCore
+
+IGNORE = -1
+PUBLISHED_STEP_PENALTY = 0.01
+
+
+@dataclass
+class HRMOutput:
+    """Result of a forward pass. B rows, T positions, V vocabulary."""
+
+    logits: Tensor | None
+    """[B, T, V]; None with targets unless return_logits."""
+    loss: Tensor | None
+    """Scalar float32: mean cross-entropy in nats over real targets; None without targets."""
+    steps_taken: Tensor
+    """[B] int64, as published: executed - 1 if the row halted by decision, else executed."""
+    executed_steps: Tensor
+    """[B] int64, HRM steps that were run for the row."""
+    q_logits: Tensor
+    """[B, 2] float32, [halt, continue] after the row's last step."""
+
+
+class HRMForCausalLM(nn.Module):
+    """The language model. State-dict keys are the published ones.
+
+    Args:
+        config: shape and rules; its defaults are the published 82.77 M parameters.
+    """
+
+    def __init__(self, config: HRMConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if not config.use_rotary:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.input_blocks = nn.ModuleList(Block(config) for _ in range(config.n_input_layers))
+        self.hrm_core = HRMCore(config)
+        self.output_blocks = nn.ModuleList(Block(config) for _ in range(config.n_output_layers))
+        self.ln_f = RMSNorm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """N(0, 0.02) for weights and H_init, L_init; projections that end a branch N(0, 0.02 / sqrt(2 layers));
+        biases 0; norms 1."""
+        c = self.config
+        layers = c.n_input_layers + c.n_output_layers + c.hrm_H_layers + c.hrm_L_layers
+        branch_std = 0.02 / math.sqrt(2 * max(layers, 1))
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1 and "_init" not in name:
+                p.fill_(1.0)
+            else:
+                branch_end = name.endswith(("c_proj.weight", "down.weight"))
+                p.normal_(0.0, branch_std if branch_end else 0.02)
+
+    def num_parameters(self) -> int:
+        """Parameters, the tied pair counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.wte.weight.device
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        targets: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        max_steps: int | None = None,
+        force_steps: int | Sequence[int] | Tensor | None = None,
+        halt_bias: float | None = None,
+        gradient: str = "replay",
+        return_logits: bool = False,
+    ) -> HRMOutput:
+        """One pass over a batch of right-padded rows; a row's result depends on nothing but that row.
+
+        Args:
+            ids_BT: [B, T] int64 token ids, B >= 1, 1 <= T <= block_size.
+            targets: [B, T] int64, already shifted; -1 and positions >= lengths are ignored.
+            lengths: [B] real tokens of each row, 1..T; default all T.
+            max_steps: this call's hrm_max_steps.
+            force_steps: exact steps for every row (int) or each row ([B]); in a list, 0 lets the head decide.
+            halt_bias: added to q_halt; default config.halt_bias in eval mode, 0 in training mode.
+            gradient: "replay" (each row's last step) or "published" (only rows that run all steps; the loss then
+                carries the published 0.01 * mean(steps_taken), a constant).
+            return_logits: give logits beside the loss.
+
+        Raises:
+            ValueError: an argument out of range; the message names the value, the limit and the remedy.
+        """
+        lengths = self._checked_lengths(ids_BT, targets, lengths)
+        max_steps = self.config.hrm_max_steps if max_steps is None else max_steps
+        forced = _checked_depths(force_steps, max_steps, ids_BT.shape[0])
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient {gradient!r} is none of {', '.join(GRADIENTS)}")
+        if halt_bias is None:
+            halt_bias = 0.0 if self.training else self.config.halt_bias
+
+        rotary = self.rotary(ids_BT.shape[1])
+        x_BTC = self.embed(ids_BT)
+        for block in self.input_blocks:
+            x_BTC = block(x_BTC, rotary, lengths)
+        core = self.hrm_core(x_BTC, rotary, lengths, forced, max_steps, halt_bias, gradient)
+        h_BTC = self.decode(core.z_H, rotary, lengths)
+        if torch.is_grad_enabled():
+            h_BTC = _with_gradients(h_BTC, self._maybe_unused(gradient))
+
+        loss = None
+        steps_taken = core.executed_steps - core.halted.long()
+        if targets is not None:
+            loss = self.loss(h_BTC, targets, lengths)
+            if gradient == "published" and self.training:
+                loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
+        logits = self.lm_head(h_BTC) if targets is None or return_logits else None
+        return HRMOutput(logits, loss, steps_taken, core.executed_steps, core.q_logits)
+
+    def rotary(self, n_positions: int) -> Tensor | None:
+        """The rotary table of positions 0..n-1, float32 [n, D/2, 2]; None with learned positions."""
+        if not self.config.use_rotary:
+            return None
+        return ops.rope_table(torch.arange(n_positions, device=self.device), self.config.head_dim)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] ids -> [B, T, C]: token (and learned position) embedding, dropout in training."""
+        x_BTC = self.wte(ids_BT) * self.config.embed_scale
+        if not self.config.use_rotary:
+            x_BTC = x_BTC + self.wpe.weight[: ids_BT.shape[1]]
+        return F.dropout(x_BTC, self.config.dropout, self.training)
+
+    def decode(self, z_H: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Core state [B, T, C] -> output blocks -> final norm: the lm_head's input [B, T, C]."""
+        for block in self.output_blocks:
+            z_H = block(z_H, rotary, lengths)
+        return self.ln_f(z_H)
+
+    def loss(self, h_BTC: Tensor, targets: Tensor, lengths: Tensor | None, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of hidden states [B, T, C] against targets [B, T], -1 and padding ignored."""
+        if lengths is not None:
+            padding = torch.arange(targets.shape[1], device=targets.device) >= lengths[:, None]
+            targets = targets.masked_fill(padding, IGNORE)
+        h_MC = h_BTC.reshape(-1, h_BTC.shape[-1])
+        return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets.reshape(-1), IGNORE, reduction)
+
+    def generate(self, ids_BT: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """Continue each row; see hrm_model.generate.generate for the options."""
+        from .generate import generate
+
+        return generate(self, ids_BT, max_new_tokens, **options)
+
+    def _maybe_unused(self, gradient: str) -> Iterable[nn.Parameter]:
+        """Parameters that the loss may not reach: they get an exact zero, never None, so that data-parallel training
+        needs no search for unused parameters."""
+        if gradient == "published":
+            return self.parameters()
+        core = self.hrm_core
+        return core.H_init, core.L_init, *core.q_head.parameters()
+
+    def _checked_lengths(self, ids_BT: Tensor, targets: Tensor | None, lengths) -> Tensor | None:
+        c = self.config
+        if ids_BT.dim() != 2 or ids_BT.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids must be [B, T] int64; got {tuple(ids_BT.shape)} {ids_BT.dtype}")
+        n_rows, n_tokens = ids_BT.shape
+        if n_rows == 0 or n_tokens == 0:
+            raise ValueError(f"the batch is empty: ids have shape {n_rows} x {n_tokens}; give at least one token")
+        if n_tokens > c.block_size:
+            raise ValueError(f"sequence of {n_tokens} tokens is over block_size {c.block_size}; cut or window it")
+        if ids_BT.device.type == "cpu":  # on a GPU the look would cost a synchronisation; the data loader has looked
+            low, high = ids_BT.min().item(), ids_BT.max().item()
+            if low < 0 or high >= c.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"token id {bad} is outside 0..{c.vocab_size - 1} (vocab_size {c.vocab_size})")
+        if targets is not None:
+            if targets.shape != ids_BT.shape:
+                raise ValueError(f"targets have shape {tuple(targets.shape)}, ids {tuple(ids_BT.shape)}")
+            if targets.device.type == "cpu" and (targets.min() < IGNORE or targets.max() >= c.vocab_size):
+                bad = targets.min().item() if targets.min() < IGNORE else targets.max().item()
+                raise ValueError(f"target {bad} is outside 0..{c.vocab_size - 1}; use {IGNORE} for 'no target'")
+        if lengths is None:
+            return None
+        if not isinstance(lengths, Tensor) or lengths.device.type == "cpu":
+            lengths = torch.as_tensor(lengths)
+            if lengths.shape != (n_rows,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+                raise ValueError(f"lengths must be {n_rows} integers, one per row; got {lengths.tolist()}")
+            if lengths.min() < 1 or lengths.max() > n_tokens:
+                raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
+        return lengths.to(ids_BT.device, torch.int64)
+
+
+def _checked_depths(force_steps, max_steps: int, n_rows: int) -> list[int]:
+    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+        raise ValueError(f"max_steps {max_steps!r} must be an integer of at least 1")
+    if force_steps is None:
+        return [0] * n_rows
+    least = 0
+    if isinstance(force_steps, Tensor):
+        force_steps = force_steps.tolist()
+    if isinstance(force_steps, int):
+        force_steps, least = [force_steps] * n_rows, 1
+    depths = [int(n) for n in force_steps]
+    if len(depths) != n_rows:
+        raise ValueError(f"force_steps has {len(depths)} entries for {n_rows} rows; give one each, or one number")
+    wrong = [n for n in depths if not least <= n <= max_steps]
+    if wrong:
+        raise ValueError(f"force_steps {wrong[0]} is outside {least}..{max_steps}; to go deeper pass max_steps too")
+    return depths
+
+
+class _GradientsFor(torch.autograd.Function):
+    """Identity on x whose backward also hands an exact zero gradient to each parameter."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def _with_gradients(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    wanting = [p for p in parameters if p.requires_grad]
+    return _GradientsFor.apply(x, *wanting) if wanting else x
