@@ -105,129 +105,126 @@ class HRMCore(nn.Module):
             halt_bias: added to q_halt.
             gradient: "replay" or "published".
         """
-        may_halt = [depth == 0 and max_steps > 1 for depth in forced]
-        limit = [depth or max_steps for depth in forced]
-        with_gradient = torch.is_grad_enabled()
-        exploring = gradient == "published" and with_gradient and self.training
-        run = _Loop(self, rotary, halt_bias, may_halt, exploring and self.config.hrm_exploration_prob, max_steps)
-        if not with_gradient:
-            run(x, lengths, limit)
-            return run.output()
+        loop = _Loop(self, x, rotary, lengths, halt_bias, may_halt=[n == 0 and max_steps > 1 for n in forced])
+        depth = [n or max_steps for n in forced]
+        if not torch.is_grad_enabled():
+            loop.run(depth)
+            return loop.output()
 
-        keep_before = gradient == "replay"
+        if gradient == "published" and self.training:
+            loop.exploration = self.config.hrm_exploration_prob
         with torch.no_grad():
-            run(x.detach(), lengths, [n - 1 for n in limit], keep_before)
+            loop.run([n - 1 for n in depth], keep_before=gradient == "replay")
         # Autocast caches the low-precision copy of a weight until its region ends. Copies made in the loop have no
         # gradient, and the replay would silently reuse them: the core's weights would then get none.
         torch.clear_autocast_cache()
-        if keep_before:
-            self._replay(run, x, lengths, list(range(len(limit))))
+        if gradient == "replay":
+            loop.run_last(list(range(len(depth))), depth)
         else:
-            undecided = [row for row in range(len(limit)) if not run.halted[row]]
+            undecided = [row for row in range(len(depth)) if not loop.halted[row]]
             with torch.no_grad():
-                self._replay(run, x, lengths, [row for row in undecided if limit[row] < max_steps])
-            self._replay(run, x, lengths, [row for row in undecided if limit[row] == max_steps])
-        return run.output()
-
-    def _replay(self, run: _Loop, x: Tensor, lengths: Tensor | None, rows: list[int]) -> None:
-        """Run the last step of `rows` from their remembered states, writing their final z_H and q into `run`."""
-        if not rows:
-            return
-        first = torch.tensor([run.executed[row] <= 1 if run.halted[row] else run.executed[row] == 0 for row in rows])
-        index = torch.tensor(rows, device=x.device)
-        whole = len(rows) == x.shape[0]
-        x, z_H, z_L = (t if whole else t[index] for t in (x, run.z_H, run.z_L))
-        lengths = lengths if whole or lengths is None else lengths[index]
-        if first.any():
-            # Rows at their first step start from the parameters themselves, which so get a gradient.
-            init_H, init_L = self.initial_state(x)
-            mask = first.to(x.device)[:, None, None]
-            z_H, z_L = torch.where(mask, init_H, z_H), torch.where(mask, init_L, z_L)
-        z_H, _ = self.step(x, z_H, z_L, rotary=run.rotary, lengths=lengths)
-        run.z_H = z_H if whole else run.z_H.index_copy(0, index, z_H)
-        with torch.no_grad():
-            q, halt = self.q_values(z_H, run.halt_bias, lengths)
-        for slot, (row, decided) in enumerate(zip(rows, halt.tolist(), strict=True)):
-            if not run.halted[row]:  # this was the row's step number `limit`, not run before
-                run.executed[row] += 1
-                run.q[row] = q[slot]
-                run.halted[row] = run.may_halt[row] and decided and not run.explores(run.executed[row])
+                loop.run_last([row for row in undecided if depth[row] < max_steps], depth)
+            loop.run_last([row for row in undecided if depth[row] == max_steps], depth)
+        return loop.output()
 
 
 class _Loop:
-    """The loop without gradient, and where each row's results are kept when it leaves."""
+    """The rows of one batch on their way through the steps; z_H, z_L, q, executed, halted are kept by row."""
 
     def __init__(
         self,
         core: HRMCore,
+        x: Tensor,
         rotary: Tensor | None,
+        lengths: Tensor | None,
         halt_bias: float,
         may_halt: list[bool],
-        exploration: float,
-        max_steps: int,
     ):
-        self.core, self.rotary, self.halt_bias, self.may_halt = core, rotary, halt_bias, may_halt
-        self.exploration, self.max_steps = exploration, max_steps
-        self.executed = [0] * len(may_halt)
-        self.halted = [False] * len(may_halt)
-        self.z_H: Tensor
-        self.z_L: Tensor
-        self.q: Tensor
+        self.core, self.x, self.rotary, self.lengths = core, x, rotary, lengths
+        self.halt_bias, self.may_halt = halt_bias, may_halt
+        self.exploration = 0.0
+        self.z_H, self.z_L = core.initial_state(x)
+        self.q = torch.zeros(len(x), 2, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.executed = [0] * len(x)
+        self.halted = [False] * len(x)
 
-    def explores(self, step: int) -> bool:
-        """The published exploration: one draw a step for the whole batch that forbids halting before a random step."""
-        if not self.exploration or torch.rand(()).item() >= self.exploration:
-            return False
-        return step < torch.randint(2, self.max_steps + 1, ()).item()
-
-    def __call__(self, x: Tensor, lengths: Tensor | None, limit: list[int], keep_before: bool = False) -> None:
-        """Run row r for at most limit[r] steps; keep the state after its last step, or, for rows that halt by
-        decision and `keep_before`, before it."""
-        live = list(range(x.shape[0]))
-        z_H, z_L = self.core.initial_state(x)
-        # Rows are written once, when they leave. A row that never leaves a batch of equals is not copied at all.
-        self.z_H, self.z_L = torch.empty_like(x), torch.empty_like(x)
-        self.q = torch.zeros(x.shape[0], 2, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-
-        def leave(slots: list[int], state_H: Tensor, state_L: Tensor) -> None:
-            nonlocal live, x, z_H, z_L, lengths
-            if not slots:
-                return
-            if len(slots) == len(self.may_halt):
-                self.z_H, self.z_L, live = state_H, state_L, []
-                return
-            gone = set(slots)
-            index = torch.tensor(slots, device=x.device)
-            rows = torch.tensor([live[i] for i in slots], device=x.device)
-            self.z_H.index_copy_(0, rows, state_H[index])
-            self.z_L.index_copy_(0, rows, state_L[index])
-            stay = [i for i in range(len(live)) if i not in gone]
-            live = [live[i] for i in stay]
-            if live:
-                index = torch.tensor(stay, device=x.device)
-                x, z_H, z_L = x[index], z_H[index], z_L[index]
-                lengths = None if lengths is None else lengths[index]
-
-        leave([i for i, row in enumerate(live) if limit[row] == 0], z_H, z_L)
+    def run(self, limit: list[int], keep_before: bool = False) -> None:
+        """Step row r until its decision or limit[r] steps, then keep its state: of a row that decides to halt the
+        one before its last step if `keep_before`, else the one after. A row that is done leaves the batch."""
+        live = [row for row, n in enumerate(limit) if n > 0]
+        x, lengths, z_H, z_L = _pick(live, self.x, self.lengths, self.z_H, self.z_L)
         while live:
             before = z_H, z_L
             z_H, z_L = self.core.step(x, z_H, z_L, self.rotary, lengths)
             for row in live:
                 self.executed[row] += 1
-            q, halt = self.core.q_values(z_H, self.halt_bias, lengths)
-            self.q[torch.tensor(live, device=x.device)] = q
-            deciding = any(self.may_halt[row] for row in live)
-            if deciding and not self.explores(self.executed[live[0]]):
-                # The only place where the host waits for the device, and only if some row may halt.
-                halt = halt.tolist()
-                done = [i for i, row in enumerate(live) if halt[i] and self.may_halt[row]]
-                for i in done:
-                    self.halted[live[i]] = True
-                leave(done, *(before if keep_before else (z_H, z_L)))
-            leave([i for i, row in enumerate(live) if limit[row] == self.executed[row]], z_H, z_L)
+            self._decide(live, z_H, lengths)
+            halted = [i for i, row in enumerate(live) if self.halted[row]]
+            ended = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] == limit[row]]
+            self._keep([live[i] for i in halted], *_pick(halted, *(before if keep_before else (z_H, z_L))))
+            self._keep([live[i] for i in ended], *_pick(ended, z_H, z_L))
+            stay = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] < limit[row]]
+            live = [live[i] for i in stay]
+            x, lengths, z_H, z_L = _pick(stay, x, lengths, z_H, z_L)
+
+    def run_last(self, rows: list[int], depth: list[int]) -> None:
+        """Run the last step of `rows` from their kept states: again for those that halted, for the first time for
+        the others, whose step number depth[row] it is."""
+        if not rows:
+            return
+        x, lengths, z_H, z_L = _pick(rows, self.x, self.lengths, self.z_H, self.z_L)
+        from_init = [(self.executed[row] if self.halted[row] else depth[row]) == 1 for row in rows]
+        if any(from_init):
+            # These rows start from the parameters themselves, which so get their gradient.
+            mask = torch.tensor(from_init, device=x.device)[:, None, None]
+            init_H, init_L = self.core.initial_state(x)
+            z_H, z_L = torch.where(mask, init_H, z_H), torch.where(mask, init_L, z_L)
+        z_H, z_L = self.core.step(x, z_H, z_L, self.rotary, lengths)
+        self._keep(rows, z_H, z_L)
+        undecided = [i for i, row in enumerate(rows) if not self.halted[row]]
+        for i in undecided:
+            self.executed[rows[i]] = depth[rows[i]]
+        with torch.no_grad():
+            self._decide([rows[i] for i in undecided], *_pick(undecided, z_H, lengths))
+
+    def _decide(self, rows: list[int], z_H: Tensor, lengths: Tensor | None) -> None:
+        if not rows:
+            return
+        q, halt = self.core.q_values(z_H, self.halt_bias, lengths)
+        self.q = _put(self.q, rows, q)
+        if any(self.may_halt[row] for row in rows):
+            least = self._least_steps()
+            # The only place where the host waits for the device; never reached when every depth is given.
+            for row, decided in zip(rows, halt.tolist(), strict=True):
+                self.halted[row] = decided and self.may_halt[row] and self.executed[row] >= least
+
+    def _least_steps(self) -> int:
+        """Steps before which no row may halt. The published exploration: one draw a step for the whole batch."""
+        if self.exploration == 0 or torch.rand(()).item() >= self.exploration:
+            return 1
+        return int(torch.randint(2, self.core.config.hrm_max_steps + 1, ()))
+
+    def _keep(self, rows: list[int], z_H: Tensor, z_L: Tensor) -> None:
+        if rows:
+            self.z_H, self.z_L = _put(self.z_H, rows, z_H), _put(self.z_L, rows, z_L)
 
     def output(self) -> CoreOutput:
-        device = self.z_H.device
+        device = self.x.device
         executed = torch.tensor(self.executed, dtype=torch.int64, device=device)
         halted = torch.tensor(self.halted, dtype=torch.bool, device=device)
         return CoreOutput(self.z_H, self.q, executed, halted)
+
+
+def _pick(index: list[int], *tensors: Tensor | None) -> list[Tensor | None]:
+    """Rows `index` (ascending, distinct) of each tensor; a tensor that they cover is passed on without a copy."""
+    return [
+        t if t is None or len(t) == len(index) else t[torch.tensor(index, dtype=torch.int64, device=t.device)]
+        for t in tensors
+    ]
+
+
+def _put(into: Tensor, index: list[int], values: Tensor) -> Tensor:
+    """`into` with its rows `index` replaced by `values`."""
+    if len(into) == len(index):
+        return values
+    return into.index_copy(0, torch.tensor(index, device=into.device), values)
