@@ -105,7 +105,8 @@ class HRMCore(nn.Module):
             halt_bias: added to q_halt.
             gradient: "replay" or "published".
         """
-        loop = _Loop(self, x, rotary, lengths, halt_bias, may_halt=[n == 0 and max_steps > 1 for n in forced])
+        may_halt = [n == 0 and max_steps > 1 for n in forced]
+        loop = _Loop(self, x, rotary, lengths, halt_bias, may_halt, max_steps)
         depth = [n or max_steps for n in forced]
         if not torch.is_grad_enabled():
             loop.run(depth)
@@ -139,9 +140,10 @@ class _Loop:
         lengths: Tensor | None,
         halt_bias: float,
         may_halt: list[bool],
+        max_steps: int,
     ):
         self.core, self.x, self.rotary, self.lengths = core, x, rotary, lengths
-        self.halt_bias, self.may_halt = halt_bias, may_halt
+        self.halt_bias, self.may_halt, self.max_steps = halt_bias, may_halt, max_steps
         self.exploration = 0.0
         self.z_H, self.z_L = core.initial_state(x)
         self.q = torch.zeros(len(x), 2, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -202,7 +204,7 @@ class _Loop:
         """Steps before which no row may halt. The published exploration: one draw a step for the whole batch."""
         if self.exploration == 0 or torch.rand(()).item() >= self.exploration:
             return 1
-        return int(torch.randint(2, self.core.config.hrm_max_steps + 1, ()))
+        return int(torch.randint(2, self.max_steps + 1, ()))
 
     def _keep(self, rows: list[int], z_H: Tensor, z_L: Tensor) -> None:
         if rows:
