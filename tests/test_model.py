@@ -1,0 +1,333 @@
+"""The model's behaviour: depth per row, frozen rows, gradients, every configuration, bad input."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from golden_files import load, relative_error
+
+from hrm_model import HRMConfig, HRMForCausalLM
+
+TINY = dict(vocab_size=97, n_embd=16, block_size=12, n_head=4, n_kv_head=2, n_input_layers=1, n_output_layers=1)
+TINY |= dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=2, hrm_max_steps=4)
+
+
+def build(**changes) -> HRMForCausalLM:
+    torch.manual_seed(0)
+    model = HRMForCausalLM(HRMConfig(**{**TINY, **changes})).eval()
+    with torch.no_grad():  # wide weights, so that depths and rows differ visibly
+        for p in model.parameters():
+            p.mul_(8.0 if p.dim() > 1 else 1.0)
+    return model
+
+
+def batch(n_rows: int = 4, n_tokens: int = 9) -> torch.Tensor:
+    return torch.randint(0, 97, (n_rows, n_tokens), generator=torch.Generator().manual_seed(1))
+
+
+def test_base_model_has_the_published_parameters():
+    model = HRMForCausalLM(HRMConfig.preset("base"))
+    assert model.num_parameters() == 82_767_554
+    assert len(list(model.named_parameters())) == 186
+    assert len(model.state_dict()) == 187
+    assert model.lm_head.weight is model.wte.weight
+
+
+def test_initial_weights_have_the_published_spread():
+    torch.manual_seed(0)
+    model = HRMForCausalLM(HRMConfig(**{**TINY, "n_embd": 128, "n_head": 4, "bias": True}))
+    layers = 4
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.input_blocks[0].mlp.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.input_blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / (2 * layers) ** 0.5, rel=0.05)
+    assert model.hrm_core.L_level.layers[0].attn.c_proj.weight.std().item() == pytest.approx(0.00707, rel=0.05)
+    assert model.hrm_core.H_init.std().item() == pytest.approx(0.02, rel=0.3)
+    assert model.hrm_core.q_head.bias.tolist() == [0.0, 0.0]
+    assert model.ln_f.weight.tolist() == [1.0] * 128
+
+
+# -- depth -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_forced_rows_run_exactly_their_steps():
+    model, ids = build(), batch()
+    mixed = model(ids, force_steps=[3, 1, 4, 2])
+    assert mixed.executed_steps.tolist() == mixed.steps_taken.tolist() == [3, 1, 4, 2]
+    for row, n in enumerate([3, 1, 4, 2]):
+        alone = model(ids[row : row + 1], force_steps=n)
+        assert relative_error(mixed.logits[row], alone.logits[0]) <= 1e-5
+        assert relative_error(mixed.q_logits[row], alone.q_logits[0]) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_zero_in_force_steps_lets_the_head_decide():
+    model, ids = build(), batch()
+    free = model(ids)
+    mixed = model(ids, force_steps=torch.tensor([0, 2, 0, 4]))
+    assert mixed.executed_steps[[1, 3]].tolist() == [2, 4]
+    assert torch.equal(mixed.executed_steps[[0, 2]], free.executed_steps[[0, 2]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["tiny_gqa", "head_dim_56", "no_rope_mha_gelu_bias"])
+def test_a_row_that_decides_equals_the_same_row_forced_to_its_depth(name):
+    golden = load(name)
+    model, ids = golden.model(), golden.numbers["input_ids"]
+    free = model(ids)
+    assert len(set(free.executed_steps.tolist())) > 1, "the golden rows must stop at different steps"
+    forced = model(ids, force_steps=free.executed_steps)
+    assert relative_error(forced.logits, free.logits) <= 1e-5
+    assert relative_error(forced.q_logits, free.q_logits) <= 1e-5
+    halted = free.executed_steps - free.steps_taken
+    assert set(halted.tolist()) <= {0, 1} and halted.sum() > 0
+    assert forced.steps_taken.tolist() == free.executed_steps.tolist(), "a forced row did not decide"
+
+
+@torch.no_grad()
+def test_state_of_a_halted_row_is_bitwise_what_it_was_when_it_halted():
+    model, ids = build(), batch(3)
+    states = []
+    step = model.hrm_core.step
+    model.hrm_core.step = lambda *a, **k: states.append(step(*a, **k)) or states[-1]
+    seen = {}
+    decode = model.decode
+    model.decode = lambda z_H, *a: seen.update(z_H=z_H) or decode(z_H, *a)
+    model(ids, force_steps=[1, 4, 2])
+    assert torch.equal(seen["z_H"][0], states[0][0][0])
+    assert torch.equal(seen["z_H"][2], states[1][0][1])
+    assert [len(z_H) for z_H, _ in states] == [3, 2, 1, 1], "rows that are done must not be computed"
+
+
+@torch.no_grad()
+def test_halt_bias_moves_depth_from_one_step_to_all():
+    model, ids = build(), batch()
+    assert model(ids, halt_bias=1e9).executed_steps.tolist() == [1] * 4
+    assert model(ids, halt_bias=1e9).steps_taken.tolist() == [0] * 4
+    never = model(ids, halt_bias=-1e9)
+    assert never.executed_steps.tolist() == never.steps_taken.tolist() == [4] * 4
+
+
+@torch.no_grad()
+def test_halting_is_strict():
+    model = build()
+    model.hrm_core.q_head.weight.zero_()
+    model.hrm_core.q_head.bias.copy_(torch.tensor([0.0, 0.5]))
+    assert model(batch(), halt_bias=0.5).executed_steps.tolist() == [4] * 4
+    assert model(batch(), halt_bias=0.500001).executed_steps.tolist() == [1] * 4
+
+
+@torch.no_grad()
+def test_max_steps_of_a_call_acts_as_the_configured_one():
+    shallow, ids = build(hrm_max_steps=2), batch()
+    out = build(hrm_max_steps=4)(ids, max_steps=2, halt_bias=-1e9)
+    expected = shallow(ids, halt_bias=-1e9)
+    assert torch.equal(out.logits, expected.logits)
+    assert out.steps_taken.tolist() == [2] * 4
+    deeper = build()(ids, max_steps=6, force_steps=6)
+    assert deeper.executed_steps.tolist() == [6] * 4
+
+
+@torch.no_grad()
+def test_nothing_is_decided_when_max_steps_is_one():
+    out = build(hrm_max_steps=1)(batch(), halt_bias=1e9)
+    assert out.executed_steps.tolist() == out.steps_taken.tolist() == [1] * 4
+
+
+@torch.no_grad()
+def test_training_mode_decides_without_bias_and_eval_mode_with_the_configured_one():
+    model = build(halt_bias=1e9)
+    model.hrm_core.q_head.weight.zero_()
+    model.hrm_core.q_head.bias.copy_(torch.tensor([0.0, 1.0]))
+    assert model(batch()).executed_steps.tolist() == [1] * 4
+    assert model.train()(batch()).executed_steps.tolist() == [4] * 4
+
+
+# -- lengths and targets -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_and_counts_for_nothing():
+    model, ids = build(), batch(1, 6)
+    padded = torch.cat([ids, torch.full((1, 4), 5)], dim=1)
+    alone, beside = model(ids), model(padded, lengths=[6])
+    assert alone.executed_steps.equal(beside.executed_steps)
+    assert relative_error(beside.logits[:, :6], alone.logits) <= 1e-5
+    targets = torch.randint(0, 97, (1, 10))
+    assert model(padded, targets, lengths=[6]).loss.item() == pytest.approx(
+        model(ids, targets[:, :6]).loss.item(), rel=1e-5
+    )
+
+
+@torch.no_grad()
+def test_loss_is_the_cross_entropy_over_targets_that_count():
+    model, ids = build(), batch()
+    targets = torch.randint(0, 97, ids.shape)
+    targets[:, ::2] = -1
+    out = model(ids, targets, return_logits=True)
+    expected = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model(ids, targets).logits is None
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+NO_LOSS = {"hrm_core.q_head.weight", "hrm_core.q_head.bias"}
+INIT = {"hrm_core.H_init", "hrm_core.L_init"}
+
+
+def zero_gradients(model: HRMForCausalLM) -> set[str]:
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing, f"no gradient at all: {missing}"
+    return {name for name, p in model.named_parameters() if not p.grad.any()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [[2, 3, 4, 2], [4, 4, 4, 4], [3, 1, 4, 2], [1, 1, 1, 1]])
+def test_every_parameter_gets_a_gradient_whatever_stopped_when(steps, dtype):
+    model, ids = build().train(), batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(ids, ids, force_steps=steps).loss.backward()
+    assert zero_gradients(model) == NO_LOSS | (set() if 1 in steps else INIT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [1e9, 0.0, -1e9])
+def test_every_parameter_gets_a_gradient_when_the_head_decides(bias, dtype):
+    model, ids = build().train(), batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = model(ids, ids, halt_bias=bias)
+        out.loss.backward()
+    assert zero_gradients(model) == NO_LOSS | (set() if 1 in out.executed_steps else INIT)
+
+
+def test_replayed_gradient_is_the_gradient_of_the_last_step_alone():
+    """Against autograd through the last step of each row, the steps before it detached by hand."""
+    model, ids = build().train(), batch(3)
+    steps = [1, 3, 2]
+    model(ids, ids, force_steps=steps).loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    rotary, core = model.rotary(ids.shape[1]), model.hrm_core
+    losses = []
+    for row, n in enumerate(steps):
+        x = model.embed(ids[row : row + 1])
+        for block in model.input_blocks:
+            x = block(x, rotary, None)
+        z_H, z_L = core.initial_state(x)
+        for s in range(n):
+            if s == n - 1 and n > 1:
+                z_H, z_L = z_H.detach(), z_L.detach()
+            z_H, z_L = core.step(x if s == n - 1 else x.detach(), z_H, z_L, rotary, None)
+        losses.append(model.loss(model.decode(z_H, rotary, None), ids[row : row + 1], None))
+    torch.stack(losses).mean().backward()
+    for name, p in model.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        error = (found[name] - expected).norm()
+        assert error <= 1e-4 * expected.norm() + 1e-7, f"{name}: off by {error}"
+
+
+def test_halted_rows_have_the_gradient_of_the_same_rows_forced():
+    golden = load("tiny_gqa")
+    model, ids = golden.model(), golden.numbers["input_ids"]
+    out = model(ids, ids)
+    assert len(set(out.executed_steps.tolist())) > 1
+    out.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(ids, ids, force_steps=out.executed_steps).loss.backward()
+    for name, p in model.named_parameters():
+        assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-8, name
+
+
+def test_published_gradient_reaches_only_rows_that_run_all_steps():
+    model, ids = build().train(), batch()
+    model(ids, ids, force_steps=[1, 2, 3, 3], gradient="published").loss.backward()
+    reached = {name for name, _ in model.named_parameters()} - zero_gradients(model)
+    assert reached == {n for n, _ in model.named_parameters() if n.startswith(("wte", "output_blocks", "ln_f"))}
+
+    model.zero_grad()
+    model(ids, ids, force_steps=[1, 4, 3, 3], gradient="published").loss.backward()
+    assert zero_gradients(model) == NO_LOSS | INIT
+
+
+def test_published_exploration_forbids_halting_before_a_random_step():
+    ids = batch()
+    for probability, depths in ((0.0, {1}), (1.0, {1, 2, 3, 4})):
+        model = build(hrm_exploration_prob=probability).train()
+        torch.manual_seed(3)
+        outs = [model(ids, halt_bias=1e9, gradient="published").executed_steps for _ in range(40)]
+        assert {int(n) for out in outs for n in out} <= depths
+        assert any(int(out[0]) > 1 for out in outs) == (probability > 0)
+        assert all(len(set(out.tolist())) == 1 for out in outs), "one draw for the whole batch"
+
+
+def test_dropout_acts_in_training_only():
+    model, ids = build(dropout=0.5), batch()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+
+
+# -- configurations ----------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    dict(use_gqa=gqa, use_rotary=rotary, use_swiglu=swiglu, bias=bias)
+    for gqa, rotary, swiglu, bias in itertools.product([True, False], repeat=4)
+]
+VARIANTS += [dict(n_input_layers=0, n_output_layers=0), dict(hrm_H_layers=0), dict(hrm_L_layers=0)]
+VARIANTS += [dict(hrm_H_layers=0, hrm_L_layers=0, n_input_layers=0, n_output_layers=0), dict(hrm_max_steps=1)]
+VARIANTS += [dict(tie_embeddings=False), dict(mlp_hidden=24), dict(embed_scale=4.0), dict(n_kv_head=1)]
+VARIANTS += [dict(n_embd=12, n_head=2, n_kv_head=1), dict(dropout=0.3, bias=True)]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()))
+def test_every_configuration_runs_trains_and_keeps_rows_apart(changes):
+    model, ids = build(**changes), batch()
+    with torch.no_grad():
+        together = model(ids, lengths=[9, 3, 1, 7])
+        for row, n in enumerate([9, 3, 1, 7]):
+            alone = model(ids[row : row + 1, :n])
+            assert relative_error(together.logits[row, :n], alone.logits[0]) <= 1e-5
+    model.train()
+    out = model(ids, ids)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(ids=torch.zeros(2, 13, dtype=torch.int64)), r"13 tokens is over block_size 12"),
+        (dict(ids=torch.zeros(0, 5, dtype=torch.int64)), r"batch is empty.*0 x 5"),
+        (dict(ids=torch.zeros(2, 0, dtype=torch.int64)), r"batch is empty.*2 x 0"),
+        (dict(ids=torch.zeros(5, dtype=torch.int64)), r"ids must be \[B, T\]"),
+        (dict(ids=torch.zeros(2, 5)), r"int64.*float32"),
+        (dict(ids=torch.full((2, 5), 97)), r"token id 97 is outside 0\.\.96"),
+        (dict(ids=torch.full((2, 5), -3)), r"token id -3 is outside 0\.\.96"),
+        (dict(targets=torch.full((4, 9), 97)), r"target 97 is outside 0\.\.96"),
+        (dict(targets=torch.full((4, 9), -2)), r"target -2 is outside"),
+        (dict(targets=torch.zeros(4, 8, dtype=torch.int64)), r"targets have shape \(4, 8\)"),
+        (dict(lengths=[9, 0, 3, 4]), r"lengths \[9, 0, 3, 4\] must lie in 1\.\.9"),
+        (dict(lengths=[10, 1, 3, 4]), r"must lie in 1\.\.9"),
+        (dict(lengths=[9, 1]), r"4 integers, one per row"),
+        (dict(lengths=[1.5, 1.0, 1.0, 1.0]), r"4 integers"),
+        (dict(force_steps=5), r"force_steps 5 is outside 1\.\.4; to go deeper pass max_steps"),
+        (dict(force_steps=0), r"force_steps 0 is outside 1\.\.4"),
+        (dict(force_steps=[1, 2, -1, 3]), r"force_steps -1 is outside 0\.\.4"),
+        (dict(force_steps=[1, 2]), r"2 entries for 4 rows"),
+        (dict(max_steps=0), r"max_steps 0 must be an integer of at least 1"),
+        (dict(gradient="all"), r"gradient 'all' is none of replay, published"),
+    ],
+)
+def test_bad_input_is_named_with_its_limit(arguments, message):
+    ids = arguments.pop("ids", batch())
+    with pytest.raises(ValueError, match=message):
+        build()(ids, **arguments)
