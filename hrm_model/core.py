@@ -116,8 +116,9 @@ class HRMCore(nn.Module):
             loop.exploration = self.config.hrm_exploration_prob
         with torch.no_grad():
             loop.run([n - 1 for n in depth], keep_before=gradient == "replay")
-        # Autocast caches the low-precision copy of a weight until its region ends. Copies made in the loop have no
-        # gradient, and the replay would silently reuse them: the core's weights would then get none.
+        # Autocast caches the low-precision copy of a weight until its region ends. In some torch releases copies made
+        # in the loop have no gradient history, and the replay would silently reuse them (pytorch issue 112583): the
+        # core's weights would then get no gradient. Casting them once more is all that this costs.
         torch.clear_autocast_cache()
         if gradient == "replay":
             loop.run_last(list(range(len(depth))), depth)
