@@ -41,7 +41,9 @@ def test_a_restored_run_continues_to_the_same_bits(tmp_path):
     for theirs, ours in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert same_bits(straight_optimizer.state[theirs], resumed_optimizer.state[ours])
     for theirs, ours in zip(straight_optimizer.param_groups, resumed_optimizer.param_groups, strict=True):
-        assert {k: v for k, v in theirs.items() if k != "params"} == {k: v for k, v in ours.items() if k != "params"}
+        assert {k: v for k, v in theirs.items() if k != "params"} == {
+            k: v for k, v in ours.items() if k != "params"
+        }
 
 
 def test_a_restored_model_continues_to_the_same_bits(tmp_path):
@@ -93,7 +95,13 @@ def test_optimizer_state_belongs_to_names_not_positions(tmp_path):
 
 
 def test_state_keeps_numbers_exactly_and_refuses_the_rest(tmp_path):
-    state = {"val_loss": np.float32(0.1), "tokens": torch.tensor(2**40), "nan": float("nan"), "text": "Δ", "none": None}
+    state = {
+        "val_loss": np.float32(0.1),
+        "tokens": torch.tensor(2**40),
+        "nan": float("nan"),
+        "text": "Δ",
+        "none": None,
+    }
     path = save_checkpoint(tmp_path, 1, net(), None, state)
     loaded = load_checkpoint(path, net())
     assert loaded["val_loss"] == float(np.float32(0.1))
@@ -148,8 +156,14 @@ def test_a_failed_load_changes_nothing(tmp_path):
     [
         (lambda p: (p / "manifest.json").unlink(), r"has no manifest\.json: its save was interrupted"),
         (lambda p: (p / "optimizer.safetensors").unlink(), r"optimizer\.safetensors is missing"),
-        (lambda p: os.truncate(p / "model.safetensors", 100), r"model\.safetensors is 100 bytes, its manifest says \d"),
-        (lambda p: flip_byte(p / "state.json", 3), r"state\.json has sha256 [0-9a-f]{16}\.\.\., its manifest says"),
+        (
+            lambda p: os.truncate(p / "model.safetensors", 100),
+            r"model\.safetensors is 100 bytes, its manifest says \d",
+        ),
+        (
+            lambda p: flip_byte(p / "state.json", 3),
+            r"state\.json has sha256 [0-9a-f]{16}\.\.\., its manifest says",
+        ),
         (lambda p: (p / "manifest.json").write_text('{"a'), r"manifest\.json is not readable as JSON"),
         (lambda p: (p / "manifest.json").write_text("{}"), r"lists no config\.json"),
         (lambda p: (p / "manifest.json").write_text('{"../x": {}}'), r"bad entry for '\.\./x'"),
@@ -179,7 +193,9 @@ def test_a_run_without_an_intact_checkpoint_says_so(tmp_path):
     assert best_checkpoint(tmp_path) is None
     path = save_checkpoint(tmp_path, 1, small_model(), None, {})
     (path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no intact checkpoint\n.*step-00000001: .*config\.json is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"has no intact checkpoint\n.*step-00000001: .*config\.json is missing"
+    ):
         load_model(tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_a_kill_before_any_file_operation_leaves_a_whole_version(tmp_path):
                 between += 1
             count += 1
         assert count > 8
-        assert between == 1
+        assert between >= 1
         assert value_at(target) == current + 1
         assert {p.name for p in tmp_path.iterdir()} == {"model"}
 

@@ -1,0 +1,85 @@
+"""What every benchmark shares: machine and versions behind a number, interleaved timing, results as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm_kernels import __version__
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit that a figure belongs to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hrm_kernels": __version__,
+        "commit": _commit(),
+    }
+
+
+def interleaved(
+    work: dict[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `repeats` times, taken in turns so that a machine's drift meets all alike.
+
+    The first round is thrown away: it pays for memory and caches.
+    """
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for round_number in range(repeats + 1):
+        for name, call in work.items():
+            _wait(device)
+            begin = time.perf_counter()
+            call()
+            _wait(device)
+            if round_number:
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def save(file_name: str, record: dict[str, Any]) -> Path:
+    """Append one JSON line to bench/results/`file_name`."""
+    path = RESULTS / file_name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return path
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,354 @@
+"""Directories that are on disk whole or not at all, and proof that they still are.
+
+    write files into .tmp-NAME...  ->  fsync each  ->  manifest.json (size and sha256 of each) last  ->
+    rename to NAME
+
+A process killed anywhere in between leaves NAME as it was. The order (file, its directory, rename, parent
+directory) is what survives a power cut on the common file systems: Pillai et al., "All File Systems Are
+Not Created Equal", OSDI 2014, section 4.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+MANIFEST = "manifest.json"
+_OUR_FILES = {MANIFEST, "config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+_STALE_AFTER_S = 3600
+_DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_TEMPORARY = re.compile(
+    r"\.(?P<kind>tmp|old)-(?P<name>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.(?P<space>[A-Za-z0-9-]*)"
+)
+_in_use: set[Path] = set()
+
+
+def _process_space() -> str:
+    """Where a process id means the same process: this host and, for containers, this pid namespace."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] + f"-{namespace:x}"
+
+
+_SPACE = _process_space()
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, read or trusted: which file, what is wrong and what to do about it."""
+
+
+@contextmanager
+def atomic_directory(
+    target: str | Path, overwrite: bool = False, needed_bytes: int | None = None
+) -> Iterator[Path]:
+    """Yield an empty directory beside `target`; on leaving, seal it with a manifest and rename it.
+
+    Args:
+        target: final path of the directory. Missing parents are made.
+        overwrite: replace a directory that is there. It may hold only files that one of these saves wrote.
+        needed_bytes: what the content will need, for the message when the disk is full.
+
+    Raises:
+        CheckpointError: `target` exists and may not be replaced, the disk is full, or the path cannot be
+            written. Nothing is left behind, and what stood at `target` still stands.
+    """
+    target = Path(os.path.realpath(target))
+    temporary = _beside(target, "tmp")
+    _in_use.add(temporary)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent, target.name)
+        _check_target(target, overwrite)
+        temporary.mkdir()
+        yield temporary
+        _seal(temporary)
+        _put_in_place(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # before the message counts free bytes
+        raise _write_error(error, target, needed_bytes) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _in_use.discard(temporary)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory so that a kill half-way leaves nothing that bears its name."""
+    doomed = _beside(path, "tmp")
+    try:
+        path.rename(doomed)
+    except OSError as error:
+        raise CheckpointError(f"cannot remove {path}: {error.strerror}; remove it by hand") from error
+    _sync_directory(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: str | Path, name: str | None = None) -> None:
+    """Clear what dead processes left in `parent`: unfinished saves go, a directory half replaced returns.
+
+    Only leftovers of `name`, if it is given. A process on this host counts as dead when its id is gone, one
+    elsewhere (another container, Windows) when its files are unchanged for an hour. Never raises: a leftover
+    that cannot be cleared stays.
+    """
+    parent = Path(parent)
+    for entry in _entries(parent):
+        match = _TEMPORARY.fullmatch(entry.name)
+        if not match or (name is not None and match["name"] != name) or not _is_abandoned(entry, match):
+            continue
+        original = parent / match["name"]
+        if match["kind"] == "old" and not original.exists():
+            try:
+                entry.rename(original)
+            except OSError:
+                continue
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def interrupted_replacement(target: str | Path) -> Path | None:
+    """Where a missing `target` is if replacing it was killed between the two renames; else None."""
+    target = Path(os.path.realpath(target))
+    for entry in _entries(target.parent):
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match and match["kind"] == "old" and match["name"] == target.name:
+            return entry
+    return None
+
+
+def verify(directory: str | Path, required: Iterable[str] = (), only: Iterable[str] | None = None) -> None:
+    """Hold a directory's files against its manifest: there, of the recorded size, of the recorded sha256.
+
+    Args:
+        directory: what atomic_directory() wrote.
+        required: file names that the manifest has to list.
+        only: check these files alone (the manifest has to list them too).
+
+    Raises:
+        CheckpointError: the first thing that is wrong, with the file, what was expected and what was found.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    only = None if only is None else list(only)
+    for name in [*required, *(only or ())]:
+        if name not in manifest:
+            raise CheckpointError(
+                f"{directory / MANIFEST} lists no {name}; the checkpoint is not whole, use another"
+            )
+    for name, expected in manifest.items():
+        if only is not None and name not in only:
+            continue
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            if size != expected["size"]:
+                raise CheckpointError(
+                    f"{path} is {size:,} bytes, its manifest says {expected['size']:,}; "
+                    "the file is truncated or was changed: use another checkpoint"
+                )
+            digest = _sha256(path)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} is missing, but the manifest lists it; use another checkpoint"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}; the disk may be failing") from error
+        if digest != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} has sha256 {digest[:16]}..., its manifest says {str(expected['sha256'])[:16]}...; "
+                "its bytes were changed since it was written: use another checkpoint"
+            )
+        if name.endswith(".json"):
+            read_json(path)
+
+
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """manifest.json of `directory`: file name -> {"size": bytes, "sha256": hex}.
+
+    Raises:
+        CheckpointError: there is none (the save never ended), or it is no such mapping.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; a checkpoint is a directory with a {MANIFEST}"
+        )
+    path = directory / MANIFEST
+    if not path.exists():
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST}: its save was interrupted; use another checkpoint"
+        )
+    manifest = read_json(path)
+    for name, entry in manifest.items():
+        # A plain name only: a manifest must not make us read files elsewhere.
+        plain = name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+        sound = isinstance(entry, dict) and isinstance(entry.get("size"), int) and "sha256" in entry
+        if not plain or not sound:
+            raise CheckpointError(
+                f"{path} has a bad entry for {name!r}; the checkpoint is damaged, use another"
+            )
+    return manifest
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable as JSON ({error}); the file is damaged") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; the file is not ours")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, indented, in UTF-8."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{kind}-{target.name}.{os.getpid()}.{secrets.token_hex(4)}.{_SPACE}")
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} already exists; choose another name or pass overwrite=True")
+    # Replacing means deleting: never delete a directory that holds anything but a save of ours.
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file and a save is a directory; choose another name")
+    if foreign := _foreign_files(target):
+        raise CheckpointError(
+            f"{target} would be replaced, but holds {', '.join(foreign[:8])}, which no save wrote; "
+            "choose another name or remove it by hand"
+        )
+
+
+def _foreign_files(directory: Path) -> list[str]:
+    names = {entry.name for entry in directory.iterdir()} - _OUR_FILES
+    try:
+        return sorted(names - read_manifest(directory).keys())
+    except CheckpointError:  # a damaged save may be replaced too
+        return sorted(names)
+
+
+def _seal(directory: Path) -> None:
+    manifest = {}
+    names = sorted(entry.name for entry in directory.iterdir())
+    for name in names:
+        path = directory / name
+        manifest[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    write_json(directory / MANIFEST, manifest)
+    for name in [*names, MANIFEST]:
+        # safetensors creates its files readable by their owner alone; the manifest has the user's usual mode.
+        shutil.copymode(directory / MANIFEST, directory / name)
+        with open(directory / name, "r+b") as file:
+            os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+        _sync_directory(target.parent)
+        return
+    # Two renames, as no portable call swaps two directories. Killed between them, the former content is
+    # found under its .old- name: remove_leftovers() puts it back, interrupted_replacement() names it.
+    former = _beside(target, "old")
+    _in_use.add(former)
+    try:
+        target.rename(former)
+        temporary.rename(target)
+        _sync_directory(target.parent)
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        if former.exists() and not target.exists():
+            former.rename(target)
+        _in_use.discard(former)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name != "posix":  # Windows cannot open a directory for this
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def _is_abandoned(entry: Path, match: re.Match) -> bool:
+    pid = int(match["pid"])
+    if entry in _in_use:
+        return False
+    # On Windows os.kill(pid, 0) is a signal, not a question.
+    if match["space"] == _SPACE and os.name == "posix":
+        if pid == os.getpid():
+            return True  # the id of an earlier life: containers restart with the same ids
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, OverflowError):
+            pass
+    try:
+        newest = max(item.stat().st_mtime for item in (entry, *entry.iterdir()))
+    except OSError:
+        return False
+    return time.time() - newest > _STALE_AFTER_S
+
+
+def _write_error(error: Exception, target: Path, needed_bytes: int | None) -> CheckpointError:
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+        if os.name == "nt" and number == 112:  # safetensors passes on Windows' own number for a full disk
+            number = errno.ENOSPC
+    if number not in _DISK_FULL:
+        return CheckpointError(f"cannot write {target}: {error}; check the path and its permissions")
+    needed = "" if needed_bytes is None else f"it needs {needed_bytes:,} bytes, "
+    existing = next(parent for parent in target.parents if parent.exists())
+    free = f"{shutil.disk_usage(existing).free:,} bytes are free there"
+    remedy = (
+        "raise the file size limit (ulimit -f), or the file system's own"
+        if number == errno.EFBIG
+        else "free some space or save elsewhere"
+    )
+    return CheckpointError(
+        f"cannot write {target}: {os.strerror(number).lower()}; {needed}{free}; {remedy}. "
+        "Earlier checkpoints are untouched"
+    )
