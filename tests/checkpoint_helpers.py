@@ -19,9 +19,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = dict(
     vocab_size=61, n_embd=16, block_size=16, n_head=2, n_kv_head=1, n_input_layers=1, n_output_layers=1
 ) | dict(hrm_H_layers=1, hrm_L_layers=1, hrm_max_steps=2)
-linux = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="needs Linux' fork and resource limits"
-)
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux' fork and resource limits")
 
 
 def small_model(seed: int = 0, **changes) -> HRMForCausalLM:

@@ -41,9 +41,7 @@ def test_a_restored_run_continues_to_the_same_bits(tmp_path):
     for theirs, ours in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert same_bits(straight_optimizer.state[theirs], resumed_optimizer.state[ours])
     for theirs, ours in zip(straight_optimizer.param_groups, resumed_optimizer.param_groups, strict=True):
-        assert {k: v for k, v in theirs.items() if k != "params"} == {
-            k: v for k, v in ours.items() if k != "params"
-        }
+        assert {k: v for k, v in theirs.items() if k != "params"} == {k: v for k, v in ours.items() if k != "params"}
 
 
 def test_a_restored_model_continues_to_the_same_bits(tmp_path):
@@ -193,9 +191,7 @@ def test_a_run_without_an_intact_checkpoint_says_so(tmp_path):
     assert best_checkpoint(tmp_path) is None
     path = save_checkpoint(tmp_path, 1, small_model(), None, {})
     (path / "config.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"has no intact checkpoint\n.*step-00000001: .*config\.json is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no intact checkpoint\n.*step-00000001: .*config\.json is missing"):
         load_model(tmp_path)
 
 

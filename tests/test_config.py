@@ -13,7 +13,12 @@ def test_defaults_are_the_published_model():
     config = HRMConfig()
     assert (config.n_embd, config.head_dim, config.kv_heads, config.hidden) == (448, 56, 4, 1792)
     assert config.blocks_per_step == 24
-    assert (config.halt_bias, config.halting, config.tie_embeddings, config.embed_scale) == (0.35, "published", True, 1)
+    assert (config.halt_bias, config.halting, config.tie_embeddings, config.embed_scale) == (
+        0.35,
+        "published",
+        True,
+        1,
+    )
 
 
 def test_config_json_round_trip_keeps_every_field():
@@ -23,8 +28,18 @@ def test_config_json_round_trip_keeps_every_field():
 
 def test_published_config_json_with_hugging_face_keys_is_accepted():
     published = {"model_type": "cosmicfish_hrm", "architectures": ["HRMCosmicFish"], "torch_dtype": "float32"}
-    published |= {"vocab_size": 50304, "n_embd": 448, "hrm_exploration_prob": 0.05, "forward_dtype": "bfloat16"}
-    published |= {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256, "tie_word_embeddings": True}
+    published |= {
+        "vocab_size": 50304,
+        "n_embd": 448,
+        "hrm_exploration_prob": 0.05,
+        "forward_dtype": "bfloat16",
+    }
+    published |= {
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "pad_token_id": 50256,
+        "tie_word_embeddings": True,
+    }
     assert HRMConfig.from_dict(published) == HRMConfig(hrm_exploration_prob=0.05)
 
 

@@ -41,7 +41,13 @@ def test_add_rms_norm_keeps_a_float32_residual_under_a_bfloat16_branch():
 
 
 def test_swiglu_puts_the_activation_on_up():
-    x, gate, up, b_gate, b_up = rand(4, 6), rand(10, 6, seed=1), rand(10, 6, seed=2), rand(10, seed=3), rand(10, seed=4)
+    x, gate, up, b_gate, b_up = (
+        rand(4, 6),
+        rand(10, 6, seed=1),
+        rand(10, 6, seed=2),
+        rand(10, seed=3),
+        rand(10, seed=4),
+    )
     u = x @ up.T + b_up
     expected = u * torch.sigmoid(u) * (x @ gate.T + b_gate)
     assert torch.allclose(ops.swiglu(x, gate, up, b_gate, b_up), expected, rtol=1e-12)
@@ -159,9 +165,15 @@ def test_linear_cross_entropy_under_autocast_computes_the_product_in_bfloat16():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)), r"x \(2, 3\), w \(5, 4\)"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)),
+            r"x \(2, 3\), w \(5, 4\)",
+        ),
         ((torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(3, dtype=torch.int64)), r"targets \(3,\)"),
-        ((torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64), -1, "max"), "reduction 'max'"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64), -1, "max"),
+            "reduction 'max'",
+        ),
     ],
 )
 def test_linear_cross_entropy_names_what_does_not_fit(arguments, message):

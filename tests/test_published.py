@@ -51,9 +51,7 @@ def save_pt(content: object, path: Path) -> Path:
 @pytest.mark.parametrize("config_key", ["config", "hrm_config", "model_config", "cosmicconf"])
 def test_a_published_file_loads_although_its_config_class_is_gone(config_key, weights_key, tmp_path):
     fields, weights = published_golden()
-    path = save_pt(
-        {config_key: published_config(fields), weights_key: weights, "iter_num": 7}, tmp_path / "best.pt"
-    )
+    path = save_pt({config_key: published_config(fields), weights_key: weights, "iter_num": 7}, tmp_path / "best.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, config = load_model(path)
@@ -79,9 +77,7 @@ def test_everything_a_training_file_carries_beside_the_model_is_ignored(tmp_path
         "rng": {"numpy": np.random.RandomState(0).get_state(), "torch": torch.get_rng_state()},
     }
     path = save_pt(content, tmp_path / "training.pt")
-    with pytest.warns(
-        UserWarning, match="ignored 2 config attributes unknown to HRMConfig: n_layer, use_qk_norm"
-    ):
+    with pytest.warns(UserWarning, match="ignored 2 config attributes unknown to HRMConfig: n_layer, use_qk_norm"):
         loaded, config = load_model(path)
     assert config == HRMConfig.from_dict(fields)
     assert same_bits(loaded.state_dict(), weights)
@@ -90,9 +86,7 @@ def test_everything_a_training_file_carries_beside_the_model_is_ignored(tmp_path
 def test_a_bare_state_dict_takes_the_config_beside_it(tmp_path):
     fields, weights = published_golden()
     path = save_pt(weights, tmp_path / "weights.pt")
-    with pytest.raises(
-        CheckpointError, match=r"weights\.pt has no config .* put the model's config\.json beside it"
-    ):
+    with pytest.raises(CheckpointError, match=r"weights\.pt has no config .* put the model's config\.json beside it"):
         load_model(path)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert same_bits(load_model(path)[0].state_dict(), weights)

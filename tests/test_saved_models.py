@@ -140,14 +140,10 @@ def test_truncated_weights_are_named_with_and_without_a_manifest(tmp_path):
     save_model(small_model(), path)
     whole = (path / "model.safetensors").stat().st_size
     os.truncate(path / "model.safetensors", 5000)
-    with pytest.raises(
-        CheckpointError, match=rf"model\.safetensors is 5,000 bytes, its manifest says {whole:,}"
-    ):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is 5,000 bytes, its manifest says {whole:,}"):
         load_model(path)
     (path / "manifest.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors \(5,000 bytes\) cannot be read as safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors \(5,000 bytes\) cannot be read as safetensors"):
         load_model(path)
 
 

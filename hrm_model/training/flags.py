@@ -1,0 +1,39 @@
+"""Command-line flags out of a dataclass: one per field, its help the text under the field."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import itertools
+from dataclasses import MISSING, fields
+from typing import Any
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name -> the string literal under it in the class body."""
+    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0].body
+    docs = {}
+    for statement, after in itertools.pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+            docs[statement.target.id] = after.value.value
+    return docs
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, special: dict[str, dict[str, Any]]) -> None:
+    """Give `parser` a flag for every field of dataclass `cls`; `special` holds argparse arguments of some of them.
+
+    Flags that are not given leave no trace in the parsed namespace, so that a recipe's value stays.
+    """
+    docs = field_docs(cls)
+    for f in fields(cls):
+        default = f.default if f.default is not MISSING else f.default_factory()
+        options: dict[str, Any] = {"help": docs[f.name], "default": argparse.SUPPRESS}
+        if isinstance(default, bool):
+            options["action"] = "store_true"
+        elif isinstance(default, list):
+            options |= {"nargs": "+", "type": float if "float" in str(f.type) else str, "metavar": "X"}
+        else:
+            options |= {"type": type(default), "metavar": type(default).__name__.upper()}
+        options |= special.get(f.name, {})
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)

@@ -1,0 +1,447 @@
+"""The pretraining loop: one class that owns a run from its first sample to its last checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
+from ..config import HRMConfig
+from ..generate import generate
+from ..model import HRMForCausalLM
+from ..tokenizer import get_tokenizer
+from .dashboard import draw_dashboard
+from .device import autocast, choose_device, choose_dtype, choose_kernels, compile_blocks, make_deterministic
+from .flops import peak_flops, training_flops
+from .interrupt import Interrupt
+from .metrics import MetricsLog, Trackers
+from .ngram import ngram_losses
+from .optim import build_optimizer, clip_gradients, learning_rate
+from .provenance import write_provenance
+from .recipes import TrainConfig
+from .sampler import Sampler, keyed_integers, validation_windows
+from .shards import open_dataset
+from .validation import Validation, reported_depths
+
+DEPTH_STREAM = 3
+"""Stream of the keyed random numbers that depths are drawn from; 1 is the sampler's windows, 2 the val split."""
+
+EXIT_INTERRUPTED = 75
+"""Exit status of a run that saved and left on Ctrl-C or SIGTERM (sysexits' EX_TEMPFAIL: try again)."""
+EXIT_NOT_FINITE = 76
+"""Exit status of a run whose loss or gradient stopped being a number."""
+
+
+class NotFiniteError(RuntimeError):
+    """The loss or the gradient of a step is not finite; parameters are those before the step."""
+
+
+@dataclass
+class StepResult:
+    """One optimizer step."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    depths: Counter
+    flops: float
+
+
+class Pretraining:
+    """A run: model, data, optimizer, log. Everything that can be wrong with its inputs is raised by the constructor.
+
+    Args:
+        run: the resolved options. shape: content of a config.json that replaces the recipe's model.
+
+    Raises:
+        ValueError, OSError: the message names the option, what was found and the remedy.
+    """
+
+    def __init__(self, run: TrainConfig, shape: dict[str, Any] | None = None):
+        self.run, self.out = run, Path(run.out)
+        self.device = choose_device(run.device)
+        self.dtype = choose_dtype(run.dtype, self.device)
+        self.kernels = choose_kernels(run.fused, self.device)
+        if run.deterministic:
+            make_deterministic()
+        torch.manual_seed(run.seed)
+        self.model = self._build_model(shape)
+        self._open_data()
+        checkpoint = self._claim_directory()
+        self.optimizer = build_optimizer(self.model, run)
+        self.step = self.saved_step = 0
+        self.val_loss: float | None = None
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if run.compile:
+            compile_blocks(self.model)
+        write_provenance(self.out, asdict(run), self.config.to_dict(), self._data_summary())
+        self.metrics = MetricsLog(self.out / "metrics.jsonl", self.step)
+
+    @property
+    def config(self) -> HRMConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    def _build_model(self, shape: dict[str, Any] | None) -> HRMForCausalLM:
+        if not self.run.init_from:
+            return HRMForCausalLM(self.run.model_config(shape)).to(self.device)
+        loaded, config = load_model(self.run.init_from)
+        model = HRMForCausalLM(self.run.model_config(config.to_dict()))
+        model.load_state_dict(loaded.state_dict())
+        return model.to(self.device)
+
+    def _open_data(self) -> None:
+        run, config = self.run, self.config
+        if run.fixed_depth > config.hrm_max_steps:
+            raise ValueError(f"--depth {run.depth} is over hrm_max_steps {config.hrm_max_steps} of the model")
+        self.datasets = [open_dataset(path) for path in run.data]
+        self.sampler = Sampler(
+            self.datasets,
+            config.block_size,
+            run.seed,
+            weights=run.data_weights or None,
+            vocab_size=config.vocab_size,
+        )
+        inputs, targets = validation_windows(self.datasets, config.block_size, run.eval_windows, config.vocab_size)
+        n_bytes = int(get_tokenizer().token_bytes()[targets].sum())
+        ngram = ngram_losses([d.split("train") for d in self.datasets], targets, inputs, config.vocab_size)
+        self.validation = Validation(inputs, targets, n_bytes, **ngram)
+
+    def _data_summary(self) -> list[dict[str, Any]]:
+        keys = ("source", "fingerprint", "tokenizer")
+        return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.datasets]
+
+    def _claim_directory(self) -> Path | None:
+        """Make the run's directory, or find what to resume in it."""
+        run, out = self.run, self.out
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; choose a directory")
+        occupied = out.is_dir() and any(out.iterdir())
+        if occupied and not (out / "run.json").exists():
+            raise ValueError(f"--out {out} holds files that are no training run; choose another directory")
+        if occupied and run.overwrite:
+            shutil.rmtree(out)
+        elif occupied and run.resume == "never":
+            raise ValueError(
+                f"--out {out} holds a run already; continue it with --resume auto, "
+                f"start anew with --overwrite, or choose another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        return latest_checkpoint(out) if run.resume == "auto" else None
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(path, self.model, self.optimizer)
+        changed = self.run.differences(state["run"])
+        if state["data"] != [d.manifest["fingerprint"] for d in self.datasets]:
+            changed.append("--data has other content than when the run began")
+        if changed:
+            raise ValueError(
+                f"cannot resume {path}: the command differs from the run's:\n  "
+                + "\n  ".join(changed)
+                + "\ngive the same options, or start a new run with --init-from and another --out"
+            )
+        if state["threads"] != torch.get_num_threads() and self.device.type == "cpu":
+            warnings.warn(
+                f"the run used {state['threads']} threads and this process {torch.get_num_threads()}: it continues, "
+                f"but not to the same bits (set OMP_NUM_THREADS={state['threads']})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.step = self.saved_step = state["step"]
+        print(f"resumed from {path} (step {self.step})", flush=True)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> StepResult:
+        """One optimizer step on the samples of step number `self.step`.
+
+        Raises:
+            NotFiniteError: before anything was changed.
+        """
+        run, model = self.run, self.model
+        lr = learning_rate(self.step, run)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, numbers, depths, flops = [], [], Counter(), 0.0
+        for micro in range(run.accumulation):
+            first = (self.step * run.accumulation + micro) * run.batch_size
+            inputs, targets, samples = self.sampler.batch(first, run.batch_size)
+            with autocast(self.device, self.dtype):
+                out = model(
+                    torch.from_numpy(inputs).to(self.device),
+                    torch.from_numpy(targets).to(self.device),
+                    force_steps=self._depths(samples),
+                    gradient=run.gradient,
+                )
+            (out.loss / run.accumulation).backward()
+            losses.append(out.loss.detach())
+            numbers.append(samples)
+            depths.update(out.executed_steps.tolist())
+            flops += training_flops(self.config, inputs.shape[1], out.executed_steps, out.steps_taken)
+        norm = clip_gradients(model, run.grad_clip)
+        per_micro = torch.stack([*losses, norm]).tolist()  # the step's only look at the device
+        self._require_finite(per_micro[:-1], per_micro[-1], numbers)
+        self.optimizer.step()
+        self.step += 1
+        return StepResult(sum(per_micro[:-1]) / run.accumulation, per_micro[-1], lr, depths, flops)
+
+    def _depths(self, samples: np.ndarray) -> list[int] | None:
+        """Steps of each row, a pure function of (seed, sample number); None lets the head decide."""
+        if self.run.depth == "head":
+            return None
+        if self.run.fixed_depth:
+            return [self.run.fixed_depth] * len(samples)
+        return keyed_integers(self.run.seed, samples, 1, self.config.hrm_max_steps, DEPTH_STREAM).tolist()
+
+    def _require_finite(self, losses: list[float], norm: float, numbers: list[np.ndarray]) -> None:
+        if np.isfinite([*losses, norm]).all():
+            return
+        bad = [n for loss, n in zip(losses, numbers, strict=True) if not np.isfinite(loss)] or numbers
+        what = f"loss {losses}" if not np.isfinite(losses).all() else f"gradient norm {norm}"
+        kept = latest_checkpoint(self.out)
+        raise NotFiniteError(
+            f"step {self.step + 1}: {what} is not finite, in samples {bad[0][0]}..{bad[-1][-1]}; "
+            f"no parameter was changed. Last good checkpoint: {kept or 'none yet'}. "
+            f"Lower --lr or --grad-clip, or look at those samples, then --resume auto."
+        )
+
+    # -- the whole run -------------------------------------------------------------------------------------------
+
+    def __call__(self) -> int:
+        """Train to the end, an interrupt or a loss that is not finite; returns the process's exit status."""
+        run = self.run
+        self._print_header()
+        if self.step >= run.steps:
+            print(f"the run has finished: step {self.step} of {run.steps}; nothing to do", flush=True)
+            return 0
+        self.trackers = Trackers(run.track, self.out, asdict(run))
+        self.clock = _Clock(self.step)
+        recent: list[StepResult] = []
+        try:
+            with Interrupt() as stop:
+                while self.step < run.steps and not stop:
+                    result = self.train_step()
+                    recent.append(result)
+                    self.clock.add(run.batch_size * run.accumulation * self.config.block_size, result.flops)
+                    last = self.step == run.steps
+                    if self.step % run.log_every == 0 or last:
+                        self._log(recent)
+                        recent.clear()
+                    with self.clock.paused():
+                        if (self.step % run.eval_every == 0 or last) and not stop:
+                            self._evaluate(stop)
+                        if self.step % run.save_every == 0 or last:
+                            self._save()
+                if self.step != self.saved_step:
+                    self._save()
+        except NotFiniteError as error:
+            print(f"error: {error}", flush=True)
+            return EXIT_NOT_FINITE
+        finally:
+            self.trackers.close()
+            self.metrics.close()
+        if self.step < run.steps:
+            print(
+                f"stopped and saved at step {self.step} of {run.steps}; continue with --resume auto",
+                flush=True,
+            )
+            return EXIT_INTERRUPTED
+        self._print_summary()
+        return 0
+
+    def _log(self, recent: list[StepResult]) -> None:
+        """One line for the steps since the last one: mean loss, all their depths; rate and norm of the newest."""
+        run, newest = self.run, recent[-1]
+        loss = sum(r.loss for r in recent) / len(recent)
+        depths = sum((r.depths for r in recent), Counter())
+        mean_steps = sum(d * n for d, n in depths.items()) / depths.total()
+        tokens_per_s, flops_per_s = self.clock.rates()
+        peak = peak_flops(self.device, self.dtype)
+        mfu = flops_per_s / peak if peak else None
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "loss": loss,
+            "lr": newest.lr,
+            "grad_norm": newest.grad_norm,
+            "mean_steps": mean_steps,
+            "depths": {str(d): n for d, n in sorted(depths.items())},
+            "tokens_per_s": tokens_per_s,
+            "mfu": mfu,
+        }
+        self.metrics.write(record)
+        self.trackers.log(self.step, record)
+        print(
+            f"step {self.step:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}  lr {newest.lr:.2e}  "
+            f"grad norm {newest.grad_norm:.3f}  steps {mean_steps:.2f}  {tokens_per_s:,.0f} tok/s  "
+            + (f"MFU {mfu:.1%}  " if mfu else "")
+            + f"left {_duration(self.clock.remaining(self.step, run.steps))}",
+            flush=True,
+        )
+
+    def _evaluate(self, stop: Interrupt) -> None:
+        run, val, steps = self.run, self.validation, self.config.hrm_max_steps
+        depths = reported_depths(steps, run.fixed_depth)
+        own = {"random": steps, "head": None}.get(run.depth, run.fixed_depth)
+        found = {}
+        for depth in [*depths, *([None] if own is None else [])]:
+            found[depth] = val.loss(
+                self.model,
+                depth,
+                run.batch_size,
+                lambda: autocast(self.device, self.dtype),
+                lambda: bool(stop),
+            )
+            if found[depth] is None:
+                return
+        self.val_loss, histogram = found[own]
+        executed = sum(d * n for d, n in histogram.items()) / histogram.total()
+        record = {
+            "kind": "eval",
+            "step": self.step,
+            "val_loss": self.val_loss,
+            "bits_per_byte": val.bits_per_byte(self.val_loss),
+            "unigram": val.unigram,
+            "bigram": val.bigram,
+            "loss_by_depth": {str(d): found[d][0] for d in depths},
+            "mean_steps": executed,
+            "depths": {str(d): n for d, n in sorted(histogram.items())},
+        }
+        self.metrics.write(record)
+        self.trackers.log(self.step, record)
+        protocol = "by the head, pooled over the row" if own is None else f"{own} steps"
+        print(
+            f"  val loss {self.val_loss:.4f} ({protocol}; unigram {val.unigram:.4f}, bigram {val.bigram:.4f})  "
+            f"{record['bits_per_byte']:.3f} bits/byte\n  val loss by depth: "
+            + "  ".join(f"{d}: {found[d][0]:.4f}" for d in depths)
+            + f"   executed steps: mean {executed:.2f}, "
+            + " ".join(f"{d}:{n}" for d, n in sorted(histogram.items())),
+            flush=True,
+        )
+        if run.sample_tokens:
+            print(f"  sample: {self._sample(own)!r}", flush=True)
+        self._draw()
+
+    def _sample(self, depth: int | None) -> str:
+        tokenizer = get_tokenizer()
+        ids = tokenizer.encode(self.run.sample_prompt) or [tokenizer.eot]
+        with autocast(self.device, self.dtype):
+            out = generate(
+                self.model,
+                torch.tensor([ids], device=self.device),
+                self.run.sample_tokens,
+                temperature=0.8,
+                top_k=50,
+                seed=self.run.seed,
+                force_steps=depth,
+            )
+        return tokenizer.decode(i for i in out[0].tolist() if i != tokenizer.eot)
+
+    def _save(self) -> None:
+        state = {
+            "val_loss": self.val_loss,
+            "run": asdict(self.run),
+            "data": [d.manifest["fingerprint"] for d in self.datasets],
+            "threads": torch.get_num_threads(),
+        }
+        self.saved = save_checkpoint(
+            self.out, self.step, self.model, self.optimizer, state, keep_last=self.run.keep_last
+        )
+        self.saved_step = self.step
+        self.val_loss = None  # it belongs to this step's weights only
+
+    def _draw(self) -> None:
+        try:
+            draw_dashboard(
+                self.metrics.records, self.out / "dashboard.png", f"{self.out} ({self.run.recipe})"
+            )
+        except ImportError as error:
+            warnings.warn(
+                f"no dashboard.png: {error}; pip install 'hrm-kernels[plot]'", RuntimeWarning, stacklevel=2
+            )
+
+    def _print_header(self) -> None:
+        run, c = self.run, self.config
+        n_train = sum(len(d.split("train")) for d in self.datasets)
+        exact = self.device.type == "cpu" or run.deterministic
+        print(
+            f"model   {run.recipe}: {self.model.num_parameters():,} parameters, {c.blocks_per_step} block applications "
+            f"a step, up to {c.hrm_max_steps} steps\n"
+            f"data    {', '.join(map(str, run.data))}: {n_train:,} training tokens, "
+            f"{len(self.validation.inputs)} validation windows of {c.block_size}\n"
+            f"run     {run.steps} steps of {run.batch_size * run.accumulation} x {c.block_size} tokens, "
+            f"depth {run.depth}, gradient {run.gradient}, in {self.out}\n"
+            f"device  {self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
+            + (
+                "a resumed run gives the same bits"
+                if exact
+                else "resuming keeps the data order, not every bit"
+            )
+            + f"\nkernels {self.kernels}",
+            flush=True,
+        )
+
+    def _print_summary(self) -> None:
+        last = next((r for r in reversed(self.metrics.records) if r["kind"] == "eval"), None)
+        if last:
+            print(
+                f"done: val loss {last['val_loss']:.4f}, {last['unigram'] - last['val_loss']:+.4f} nats better than "
+                f"the unigram model",
+                flush=True,
+            )
+        print(
+            f"checkpoint {self.saved}\nbest       {best_checkpoint(self.out)}\n"
+            f"picture    {self.out / 'dashboard.png'}\nmetrics    {self.out / 'metrics.jsonl'}",
+            flush=True,
+        )
+
+
+class _Clock:
+    """Tokens and FLOPs per second of training alone, and the time left."""
+
+    def __init__(self, first_step: int):
+        self._first_step = first_step
+        self._begin = self._mark = time.perf_counter()
+        self._tokens = self._flops = 0.0
+
+    def add(self, tokens: int, flops: float) -> None:
+        self._tokens += tokens
+        self._flops += flops
+
+    def rates(self) -> tuple[float, float]:
+        """Since the last call."""
+        now = time.perf_counter()
+        seconds = max(now - self._mark, 1e-9)
+        rates = self._tokens / seconds, self._flops / seconds
+        self._mark, self._tokens, self._flops = now, 0.0, 0.0
+        return rates
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A region whose time does not count."""
+        begin = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - begin
+
+    def remaining(self, step: int, steps: int) -> float:
+        """Seconds, evaluation and saving included at the rate they have taken so far."""
+        return (time.perf_counter() - self._begin) / (step - self._first_step) * (steps - step)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,176 @@
+"""What a pretraining run is made of: one dataclass, three recipes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..config import HRMConfig
+
+
+@dataclass
+class TrainConfig:
+    """A pretraining run. Every field is a flag of train/pretrain.py; the text under a field is its help.
+
+    Raises:
+        ValueError: lists every field that is wrong.
+    """
+
+    recipe: str = "tiny"
+    """model and hyperparameters to start from: tiny, small or base"""
+    data: list[str] = field(default_factory=list)
+    """prepared datasets (directories made by train/prepare.py); default: the standard library's text"""
+    data_weights: list[float] = field(default_factory=list)
+    """one weight per dataset; default: their token counts"""
+    out: str = ""
+    """directory of the run; default runs/RECIPE"""
+    config: str = ""
+    """a config.json that replaces the recipe's model"""
+    init_from: str = ""
+    """start from these weights (checkpoint, run or published .pt)"""
+    resume: str = "never"
+    """auto: continue the newest intact checkpoint of --out, if there is one"""
+    overwrite: bool = False
+    """delete what --out holds and start anew"""
+    steps: int = 0
+    """optimizer steps"""
+    batch_size: int = 8
+    """sequences per micro-batch"""
+    accumulation: int = 1
+    """micro-batches per optimizer step"""
+    lr: float = 3e-4
+    """peak learning rate"""
+    min_lr: float = 3e-5
+    """learning rate at the end of the cosine"""
+    warmup: int = 2000
+    """steps of linear warm-up"""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices of the blocks only"""
+    beta1: float = 0.9
+    """AdamW's first moment"""
+    beta2: float = 0.95
+    """AdamW's second moment"""
+    grad_clip: float = 1.0
+    """largest gradient norm; 0 turns clipping off"""
+    dropout: float = 0.0
+    """dropout in training"""
+    depth: str = "random"
+    """what sets a row's steps: random (uniform over 1..max), head, or fixed:N"""
+    gradient: str = "replay"
+    """replay (last step of every row) or published (only rows that run all steps)"""
+    seed: int = 1337
+    """initial weights, data order, depths, dropout"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    dtype: str = "auto"
+    """autocast precision: bfloat16 or float32; auto is bfloat16 on a GPU that has it"""
+    fused: str = "off"
+    """kernels of hrm_kernels: auto where a GPU and a kernel are, require makes their absence an error"""
+    compile: bool = False
+    """torch.compile the blocks"""
+    deterministic: bool = False
+    """bitwise reproducible on a GPU too, slower"""
+    log_every: int = 10
+    """steps between log lines"""
+    eval_every: int = 100
+    """steps between evaluations"""
+    eval_windows: int = 32
+    """validation windows of block_size tokens"""
+    save_every: int = 100
+    """steps between checkpoints"""
+    keep_last: int = 3
+    """checkpoints kept beside the best"""
+    sample_prompt: str = "The "
+    """start of the text sampled at every evaluation"""
+    sample_tokens: int = 48
+    """tokens of that sample; 0 for none"""
+    track: list[str] = field(default_factory=list)
+    """also log to tensorboard and/or wandb"""
+
+    # Fields that change nothing about the weights a run ends with, so a resumed run may differ in them.
+    FREE = frozenset(
+        "out resume overwrite log_every eval_every eval_windows save_every keep_last sample_prompt sample_tokens track "
+        "init_from".split()
+    )
+
+    def __post_init__(self):
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("impossible training options:\n  " + "\n  ".join(faults))
+
+    def _faults(self):
+        positive = "steps batch_size accumulation log_every eval_every eval_windows save_every keep_last"
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                yield f"--{name.replace('_', '-')} {getattr(self, name)} is below its minimum 1"
+        for name in ("warmup", "sample_tokens", "seed"):
+            if getattr(self, name) < 0:
+                yield f"--{name.replace('_', '-')} {getattr(self, name)} is negative"
+        for name in ("lr", "min_lr", "weight_decay", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield f"--{name.replace('_', '-')} {getattr(self, name)} is not a finite number of at least 0"
+        if self.min_lr > self.lr:
+            yield f"--min-lr {self.min_lr} is above --lr {self.lr}"
+        for name in ("beta1", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"--{name} {getattr(self, name)} is outside 0 <= {name} < 1"
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                yield f"--{name} {getattr(self, name)!r} is none of {', '.join(allowed)}"
+        if not (self.depth in ("random", "head") or self.fixed_depth):
+            yield f"--depth {self.depth!r} is none of random, head, fixed:N (N at least 1)"
+        for tracker in self.track:
+            if tracker not in ("tensorboard", "wandb"):
+                yield f"--track {tracker!r} is none of tensorboard, wandb"
+
+    @property
+    def fixed_depth(self) -> int:
+        """N of depth "fixed:N", else 0."""
+        kind, _, number = self.depth.partition(":")
+        return int(number) if kind == "fixed" and number.isdecimal() else 0
+
+    @classmethod
+    def of_recipe(cls, recipe: str, **changes: Any) -> TrainConfig:
+        """The recipe's fields, replaced by `changes`.
+
+        Raises:
+            ValueError: no recipe of that name, or impossible values.
+        """
+        if recipe not in RECIPES:
+            raise ValueError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
+        values = {"recipe": recipe, "out": f"runs/{recipe}", **RECIPES[recipe], **changes}
+        return cls(**values)
+
+    def model_config(self, shape: dict[str, Any] | None = None) -> HRMConfig:
+        """The model's configuration: `shape` (a config.json's content) or the recipe's preset, with our dropout."""
+        if shape is None:
+            return HRMConfig.preset(self.recipe, dropout=self.dropout)
+        return HRMConfig.from_dict({**shape, "dropout": self.dropout})
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Fields in which a saved run's values `other` would make other weights, as "--flag was X, is Y"."""
+        names = [f.name for f in fields(self) if f.name not in self.FREE]
+        return [
+            f"--{name.replace('_', '-')} was {other.get(name)!r}, is {getattr(self, name)!r}"
+            for name in names
+            if other.get(name) != getattr(self, name)
+        ]
+
+
+_CHOICES = {
+    "resume": ("never", "auto"),
+    "gradient": ("replay", "published"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "fused": ("off", "auto", "require"),
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(steps=200, batch_size=8, lr=3e-3, min_lr=3e-4, warmup=20)
+    | dict(eval_every=50, save_every=50, eval_windows=16, log_every=5),
+    "small": dict(steps=4000, batch_size=8, accumulation=2, lr=1e-3, min_lr=1e-4, warmup=200, dropout=0.1)
+    | dict(eval_every=250, save_every=250, eval_windows=64),
+    # The published recipe: 64 x 2 x 512 tokens a step, 200,000 steps.
+    "base": dict(steps=200_000, batch_size=64, accumulation=2, lr=3e-4, min_lr=3e-5, warmup=2000, dropout=0.1)
+    | dict(eval_every=1000, save_every=1000, eval_windows=256),
+}

@@ -1,0 +1,206 @@
+"""Which windows of text a training run sees, as a pure function of (seed, sample number).
+
+Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key (seed,
+stream) and a counter (sample number) into four 64-bit words. Nothing is remembered between samples, so a
+resumed run continues with the next number, and the order does not depend on the batch or world size. Only raw
+words are used: numpy keeps those stable across versions, unlike the distributions built on them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from bisect import bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+
+import numpy as np
+
+from .shards import Dataset, Split
+
+# Streams keep draws for different purposes independent: one constant for each purpose.
+WINDOW_STREAM = 1
+SPLIT_STREAM = 2
+
+
+def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:
+    """Random words of samples first..first+n-1, uint64 [n, 4]. Raises ValueError for a negative number."""
+    if first < 0:
+        raise ValueError(f"sample number {first} is negative; numbers start at 0")
+    mask = (1 << 64) - 1
+    # Philox draws its first block at counter + 1; any fixed shift will do.
+    philox = np.random.Philox(key=np.array([seed & mask, stream & mask], dtype=np.uint64), counter=first)
+    return philox.random_raw(4 * n).reshape(n, 4)
+
+
+def keyed_uniform(seed: int, sample: int, stream: int) -> float:
+    """A number in [0, 1) with 53 random bits that is a function of (seed, sample, stream)."""
+    return int(keyed_words(seed, sample, 1, stream)[0, 0] >> np.uint64(11)) * 2.0**-53
+
+
+def keyed_integers(seed: int, samples: Sequence[int], low: int, high: int, stream: int) -> np.ndarray:
+    """One integer in low..high (both included) for each sample number, int64 [len(samples)].
+
+    Each is a function of (seed, its sample number, stream), whatever else is in `samples`: with stream a
+    constant of one's own this draws a row's depth. Raises ValueError when low > high.
+    """
+    if low > high:
+        raise ValueError(f"low {low} is above high {high}; both are included, so they may be equal")
+    samples = np.asarray(samples, dtype=np.int64)
+    if len(samples) and np.array_equal(samples, np.arange(samples[0], samples[0] + len(samples))):
+        words = keyed_words(seed, int(samples[0]), len(samples), stream)[:, 0].tolist()
+    else:
+        words = [int(keyed_words(seed, i, 1, stream)[0, 0]) for i in samples.tolist()]
+    return np.array([low + _scale(word, high - low + 1) for word in words], dtype=np.int64)
+
+
+def _scale(word: int, n: int) -> int:
+    """floor(word * n / 2^64): uniform over 0..n-1 up to a bias below n / 2^64."""
+    return (word * n) >> 64
+
+
+class Sampler:
+    """Windows of block_size + 1 tokens at uniformly random places of one or several prepared datasets.
+
+    Args:
+        datasets: what open_dataset() returns; one or more.
+        block_size: T, the tokens a model sees; a window holds one more, for the last target.
+        seed: any integer.
+        weights: share of samples of each dataset, up to a factor. Default: the datasets' token counts.
+        split: "train" or "val".
+        vocab_size: the model's; ids from it on are refused, as an embedding would read beyond its table.
+            Default: the tokenizer's.
+
+    Raises:
+        ValueError: weights that are no weights, a split shorter than a window, too small a vocab_size.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        block_size: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        split: str = "train",
+        vocab_size: int | None = None,
+    ):
+        if not datasets:
+            raise ValueError("no dataset to sample from; pass at least one, made by train/prepare.py")
+        if block_size < 1:
+            raise ValueError(f"block_size {block_size} is below 1; a window needs a token to predict from")
+        self.block_size = block_size
+        self.seed = seed
+        self.splits = [dataset.split(split) for dataset in datasets]
+        self.vocab_size = _vocab_size(datasets) if vocab_size is None else vocab_size
+        shares = _shares(weights, self.splits)
+        for dataset, part, share in zip(datasets, self.splits, shares, strict=True):
+            dataset.check_vocab(self.vocab_size)
+            if share and len(part) <= block_size:
+                raise ValueError(
+                    f"split {split!r} of {dataset.path} has {len(part):,} tokens, a window of block_size "
+                    f"{block_size} needs {block_size + 1:,}; lower block_size or prepare more text"
+                )
+        # Thresholds as exact integers, so that no rounding depends on the platform.
+        self._thresholds = [math.floor((total * 2**64) / sum(shares)) for total in accumulate(shares)]
+
+    def sample(self, i: int) -> np.ndarray:
+        """Window number i, int64 [block_size + 1]. Raises ValueError for an id from vocab_size on."""
+        return self._windows(i, 1)[0]
+
+    def batch(
+        self, first_sample: int, n: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """This rank's rows of the n samples that one step takes from all ranks together.
+
+        Rank r gets the r-th of world_size equal slices, so joined in rank order they are samples
+        first_sample..first_sample+n-1, whatever the world size.
+
+        Returns:
+            inputs int64 [n / world_size, T], targets of the same shape (inputs moved on by one token) and
+            sample_numbers int64 [n / world_size].
+
+        Raises:
+            ValueError: n is not divisible by world_size, rank is outside 0..world_size-1, or an id is from
+                vocab_size on.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
+        if n < 1 or n % world_size:
+            near = max(world_size, n // world_size * world_size)
+            raise ValueError(f"{n} samples are not divisible by world size {world_size}; nearest: {near}")
+        rows = n // world_size
+        first = first_sample + rank * rows
+        windows = self._windows(first, rows)
+        return windows[:, :-1].copy(), windows[:, 1:].copy(), np.arange(first, first + rows, dtype=np.int64)
+
+    def _windows(self, first: int, n: int) -> np.ndarray:
+        windows = np.empty((n, self.block_size + 1), dtype=np.int64)
+        words_of = keyed_words(self.seed, first, n, WINDOW_STREAM).tolist()
+        for window, words in zip(windows, words_of, strict=True):
+            split = self.splits[bisect_right(self._thresholds, words[0])]
+            start = _scale(words[1], len(split) - self.block_size)
+            window[:] = split.read(start, self.block_size + 1)
+            _check_ids(window, self.vocab_size, split, start)
+        return windows
+
+
+def validation_windows(
+    datasets: Sequence[Dataset], block_size: int, count: int, vocab_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced windows over the datasets' val splits, always the same; no token is a target twice.
+
+    Returns inputs and targets, int64 [N, block_size]. N is count, or with a warning fewer where the splits
+    hold no more. Raises ValueError when they hold none, or for an id from vocab_size on.
+    """
+    splits = [dataset.split("val") for dataset in datasets]
+    available = [max(0, len(split) - 1) // block_size for split in splits]
+    total = sum(available)
+    if count < 1 or not total:
+        paths = ", ".join(str(dataset.path) for dataset in datasets)
+        raise ValueError(
+            f"{count} validation windows of {block_size} tokens were asked for; the val splits of {paths} "
+            f"have {sum(map(len, splits)):,} tokens, enough for {total}; ask for at least 1, lower "
+            "block_size or prepare more validation text"
+        )
+    if count > total:
+        warnings.warn(f"validation uses all {total} windows of {block_size}, not {count}", stacklevel=2)
+        count = total
+    limit = _vocab_size(datasets) if vocab_size is None else vocab_size
+    ends = list(accumulate(available))
+    windows = np.empty((count, block_size + 1), dtype=np.int64)
+    for i, window in enumerate(windows):
+        place = i * total // count
+        which = bisect_right(ends, place)
+        start = (place - ends[which] + available[which]) * block_size
+        window[:] = splits[which].read(start, block_size + 1)
+        _check_ids(window, limit, splits[which], start)
+    return windows[:, :-1].copy(), windows[:, 1:].copy()
+
+
+def _vocab_size(datasets: Sequence[Dataset]) -> int:
+    return min(dataset.manifest["tokenizer"]["vocab_size"] for dataset in datasets)
+
+
+def _shares(weights: Sequence[float] | None, splits: Sequence[Split]) -> list[Fraction]:
+    if weights is None:
+        # Where all are empty, the message to come is that they are too short.
+        return [Fraction(len(split) or not any(map(len, splits))) for split in splits]
+    weights = list(weights)
+    if len(weights) != len(splits):
+        raise ValueError(f"{len(weights)} weights {weights} for {len(splits)} datasets; give one for each")
+    for weight in weights:
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"weight {weight} in {weights} is not a finite number of at least 0")
+    if not any(weights):
+        raise ValueError(f"all weights are 0: {weights}; at least one dataset has to have a share")
+    return [Fraction(float(weight)) for weight in weights]
+
+
+def _check_ids(window: np.ndarray, vocab_size: int, split: Split, start: int) -> None:
+    if window.max() >= vocab_size:
+        position = start + int(np.argmax(window >= vocab_size))
+        raise ValueError(
+            f"token id {window[position - start]} in {split.file_of(position)} is not below vocab_size "
+            f"{vocab_size}; use a larger vocab_size, or prepare the dataset again if its files were changed"
+        )

@@ -1,0 +1,297 @@
+"""Prepared datasets on disk: token ids in flat files, described by a manifest.
+
+    DIRECTORY/train-00000.bin ...   token ids, little-endian uint16, nothing else
+              val-00000.bin ...
+              manifest.json         written last: format version, tokenizer, largest id, source, options,
+                                    fingerprint of the inputs and, for each split, tokens, documents and the
+                                    files with their tokens and sha256
+
+A split is the concatenation of its files. Documents are each followed by the end-of-text id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from bisect import bisect_right
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..atomic import _beside, _put_in_place, _sync_directory, remove_leftovers
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+SHARD_TOKENS = 100_000_000
+TOKEN = np.dtype("<u2")
+_OUR_FILE = re.compile(r"manifest\.json|(train|val)-\d{5,}\.bin")
+
+
+class ShardError(ValueError):
+    """A dataset on disk is missing, damaged or in the way: which file, what is wrong, what to do about it."""
+
+
+class Split:
+    """The files of one split as a single read-only array of token ids. len() is its number of tokens."""
+
+    def __init__(self, name: str, directory: Path, shards: list[dict[str, Any]]):
+        self.name = name
+        self._files = [directory / shard["file"] for shard in shards]
+        self._starts = [0, *accumulate(shard["tokens"] for shard in shards)]
+        self.shards = [np.memmap(file, dtype=TOKEN, mode="r") for file in self._files]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens start..start+n-1, uint16 [n], a copy. Raises ValueError beyond the split's ends."""
+        if n < 0 or start < 0 or start + n > len(self):
+            raise ValueError(f"{n} tokens from {start} on are outside {self.name!r} of {len(self)} tokens")
+        out = np.empty(n, dtype=np.uint16)
+        done = 0
+        while done < n:
+            which = self._shard_of(start + done)
+            offset = start + done - self._starts[which]
+            part = self.shards[which][offset : offset + n - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
+
+    def file_of(self, position: int) -> Path:
+        """The file that holds the token at this position."""
+        return self._files[self._shard_of(position)]
+
+    def _shard_of(self, position: int) -> int:
+        return bisect_right(self._starts, position) - 1
+
+
+class Dataset:
+    """A prepared dataset, open for reading. Attributes: path, manifest (a dict as in manifest.json)."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+        self._splits = {name: Split(name, path, part["shards"]) for name, part in manifest["splits"].items()}
+
+    def split(self, name: str) -> Split:
+        """The split "train" or "val", which may be empty. Raises ValueError for another name."""
+        if name not in self._splits:
+            raise ValueError(f"{self.path} has no split {name!r}; it has {', '.join(self._splits)}")
+        return self._splits[name]
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises ShardError when the dataset has an id that a model of this vocab_size does not."""
+        largest = self.manifest["max_token_id"]
+        if largest >= vocab_size:
+            raise ShardError(
+                f"{self.path} has token ids up to {largest}, vocab_size {vocab_size} allows up to "
+                f"{vocab_size - 1}; use a model with vocab_size of at least {largest + 1}, or another dataset"
+            )
+
+
+def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
+    """Open what train/prepare.py wrote, after comparing the size of every file with the manifest.
+
+    verify: compare the sha256 of every file as well (reads all of it).
+
+    Raises:
+        ShardError: nothing there, an unreadable manifest, or a file that is missing, empty, truncated, too
+            long or (with verify) altered.
+    """
+    path = Path(path)
+    remedy = f"run python train/prepare.py {_arguments(path)}"
+    if not path.is_dir():
+        raise ShardError(f"no dataset at {path}: not a directory; {remedy}")
+    if not (path / MANIFEST).is_file():
+        raise ShardError(f"no dataset at {path}: it has no {MANIFEST}; {remedy}, or give another path")
+    manifest = _read_manifest(path / MANIFEST, f"{remedy} --overwrite")
+    remedy = f"run python train/prepare.py {_arguments(path, manifest['source'])} --overwrite"
+    for part in manifest["splits"].values():
+        for shard in part["shards"]:
+            _check_shard(path / shard["file"], shard, verify, remedy)
+    return Dataset(path, manifest)
+
+
+def _arguments(path: Path, source: dict[str, Any] | None = None) -> str:
+    sources = "..." if source is None else shlex.join(source.get("paths", ["stdlib"]))
+    return f"--source {sources} --out {shlex.quote(str(path))}"
+
+
+def _read_manifest(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(file.read_bytes())
+        version = manifest["format_version"]
+    except OSError as error:
+        raise ShardError(f"cannot read {file}: {error.strerror}; check its permissions") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{file} is no manifest of a dataset ({error!r}); {remedy}") from error
+    if version != FORMAT_VERSION:
+        raise ShardError(f"{file} is of version {version!r}, this code reads {FORMAT_VERSION}; {remedy}")
+    try:
+        for name in SPLITS:
+            part = manifest["splits"][name]
+            # Names of our own making only: a manifest must not make us read files elsewhere.
+            if not all(_OUR_FILE.fullmatch(s["file"]) and s["sha256"] for s in part["shards"]):
+                raise ValueError(f"a shard of {name} has a name that is none, or no sha256")
+            if sum(s["tokens"] for s in part["shards"]) != part["tokens"]:
+                raise ValueError(f"the shards of {name} do not add up to {part['tokens']} tokens")
+        _ = manifest["max_token_id"] + 0, manifest["tokenizer"]["vocab_size"] + 0
+        _ = manifest["fingerprint"], manifest["source"].get("paths")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{file} is damaged ({error!r}); {remedy}") from error
+    return manifest
+
+
+def _check_shard(file: Path, shard: dict[str, Any], verify: bool, remedy: str) -> None:
+    expected = shard["tokens"] * TOKEN.itemsize
+    try:
+        found = file.stat().st_size
+    except OSError as error:
+        reason = f"shard {file} is missing: expected {expected:,} bytes, found {error.strerror}"
+        raise ShardError(f"{reason}; {remedy}") from None
+    if found != expected:
+        kind = "empty" if not found else "odd-sized" if found % TOKEN.itemsize else "truncated"
+        raise ShardError(
+            f"shard {file} is {'too long' if found > expected else kind}: expected {expected:,} bytes "
+            f"({shard['tokens']:,} tokens), found {found:,}; {remedy}"
+        )
+    if verify and (digest := file_sha256(file)) != shard["sha256"]:
+        expected = shard["sha256"]
+        raise ShardError(f"shard {file} was altered: expected sha256 {expected}, found {digest}; {remedy}")
+
+
+def file_sha256(file: Path) -> str:
+    """Hex digest of a file's bytes. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_output(out: str | Path, overwrite: bool) -> None:
+    """Raises ShardError when a dataset cannot be written to `out` because of what is there.
+
+    Overwriting deletes, so even then a directory is only replaced if every file in it has a name of ours.
+    """
+    out = Path(out)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ShardError(f"{out} is a file and a dataset is a directory; choose another --out")
+    foreign = sorted(entry.name for entry in out.iterdir() if not _OUR_FILE.fullmatch(entry.name))
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ShardError(
+            f"{out} is in the way: it holds {', '.join(foreign[:3])}{more}, which is no part of a dataset; "
+            "choose another --out or remove it by hand"
+        )
+    if any(out.iterdir()) and not overwrite:
+        raise ShardError(f"{out} already has files of a dataset; pass --overwrite or choose another --out")
+
+
+class DatasetWriter:
+    """Writes a dataset beside its final place and renames it there, whole, in commit().
+
+        with DatasetWriter(out) as writer:
+            writer.append("train", ids, documents=1)
+            writer.commit({"source": ..., ...})
+
+    Left without commit(), by a kill as well, it leaves what stood at `out` as it was; what a killed one left
+    behind is removed by the next. `scratch` is a directory for files that commit() does not keep.
+
+    Raises ShardError when `out` cannot be replaced (see check_output), OSError when writing fails.
+    """
+
+    def __init__(self, out: str | Path, shard_tokens: int = SHARD_TOKENS, overwrite: bool = False):
+        if shard_tokens < 1:
+            raise ValueError(f"shard_tokens {shard_tokens} is below 1; the default is {SHARD_TOKENS:,}")
+        self.out = Path(os.path.realpath(out))  # through a link, so that the rename stays on one file system
+        self._overwrite = overwrite
+        self._shard_tokens = shard_tokens
+        self._temporary = _beside(self.out, "tmp")
+        self.scratch = self._temporary / "scratch"
+        self._splits = {name: {"tokens": 0, "documents": 0, "shards": []} for name in SPLITS}
+        self._largest = 0
+        self._open: dict[str, tuple[Any, Any]] = {}
+
+    def __enter__(self) -> DatasetWriter:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.out.parent, self.out.name)
+        check_output(self.out, self._overwrite)
+        self.scratch.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file, _ in self._open.values():
+            with suppress(OSError):  # a full disk has been reported already
+                file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def append(self, split: str, ids: np.ndarray, documents: int = 0) -> None:
+        """Add ids, an integer array [n], to a split; `documents` of them end here.
+
+        Raises ValueError for an id outside 0..65535.
+        """
+        if len(ids) and (ids.min() < 0 or ids.max() > 65535):
+            raise ValueError(f"ids {ids.min()}..{ids.max()} do not fit into uint16, 0..65535")
+        part = self._splits[split]
+        part["documents"] += documents
+        while len(ids):
+            if split not in self._open:
+                name = f"{split}-{len(part['shards']):05d}.bin"
+                part["shards"].append({"file": name, "tokens": 0})
+                self._open[split] = open(self._temporary / name, "wb"), hashlib.sha256()  # noqa: SIM115
+            file, digest = self._open[split]
+            shard = part["shards"][-1]
+            block = np.ascontiguousarray(ids[: self._shard_tokens - shard["tokens"]], dtype=TOKEN)
+            file.write(block)
+            digest.update(block)
+            shard["tokens"] += len(block)
+            part["tokens"] += len(block)
+            self._largest = max(self._largest, int(block.max()))
+            ids = ids[len(block) :]
+            if shard["tokens"] == self._shard_tokens:
+                self._end_shard(split)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens appended to each split so far."""
+        return {name: part["tokens"] for name, part in self._splits.items()}
+
+    def _end_shard(self, split: str) -> None:
+        file, digest = self._open.pop(split)
+        with file:
+            file.flush()
+            os.fsync(file.fileno())
+        self._splits[split]["shards"][-1]["sha256"] = digest.hexdigest()
+
+    def commit(self, about: dict[str, Any]) -> Dataset:
+        """Write the manifest, `about` and what was counted, and put the dataset in its place; opens it."""
+        for split in list(self._open):
+            self._end_shard(split)
+        shutil.rmtree(self.scratch)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **about,
+            "max_token_id": self._largest,
+            "splits": self._splits,
+        }
+        with open(self._temporary / MANIFEST, "w", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_directory(self._temporary)
+        check_output(self.out, self._overwrite)  # again: it may have appeared in the meantime
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            self.out.rmdir()
+        _put_in_place(self._temporary, self.out)
+        return open_dataset(self.out)

@@ -1,0 +1,348 @@
+"""train/pretrain.py as its user runs it: what it leaves behind, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hrm_model import load_model
+from hrm_model.checkpoint import verify_checkpoint
+from train.pretrain import main
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train" / "pretrain.py"
+
+
+@pytest.fixture
+def flags(small_dataset, small_model, tmp_path) -> list[str]:
+    """A run of 8 steps with dropout, accumulation and random depths."""
+    run = f"--recipe tiny --config {small_model} --data {small_dataset} --out {tmp_path / 'run'} --steps 8"
+    run += " --batch-size 4 --accumulation 2 --lr 0.01 --min-lr 0.001 --warmup 2 --dropout 0.1 --device cpu"
+    return (run + " --log-every 1 --eval-every 4 --eval-windows 4 --save-every 2 --sample-tokens 4").split()
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = run / "checkpoints" / f"step-{step:08d}"
+    verify_checkpoint(checkpoint)
+    model, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
+    return {**model, **{f"optimizer/{k}": v for k, v in optimizer.items()}}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, f"not bitwise equal: {different[:5]}"
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_metrics_picture_checkpoints_and_its_origin(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags[flags.index("--steps") + 1] = "40"
+    assert main([*flags, "--eval-every", "20", "--save-every", "20"]) == 0
+    train, evals = records(out, "train"), records(out, "eval")
+    assert [r["step"] for r in train] == list(range(1, 41))
+    assert [r["step"] for r in evals] == [20, 40]
+    assert np.mean([r["loss"] for r in train[-5:]]) < train[0]["loss"] - 2
+    assert evals[-1]["val_loss"] < evals[0]["val_loss"] and evals[-1]["bits_per_byte"] > 0
+    assert set(evals[-1]["loss_by_depth"]) == {"1", "3"}
+    assert evals[-1]["val_loss"] == evals[-1]["loss_by_depth"]["3"], "random depths are evaluated at full depth"
+    assert set(train[0]["depths"]) <= {"1", "2", "3"} and sum(train[0]["depths"].values()) == 8
+
+    assert (out / "dashboard.png").read_bytes().startswith(b"\x89PNG")
+    origin = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert origin["run"]["steps"] == 40 and origin["versions"]["torch"] == torch.__version__
+    model, config = load_model(out)
+    assert config.n_embd == 8 and config.dropout == 0.1
+    assert torch.equal(model.wte.weight, weights(out, 40)["wte.weight"])
+
+    printed = capsys.readouterr().out
+    for expected in ("parameters", "unigram", "bigram", "bits/byte", "tok/s", "left", "sample:", "done: val loss"):
+        assert expected in printed
+    assert "MFU" not in printed, "a CPU's peak is not known"
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(flags, tmp_path):
+    flags[flags.index("--dropout") + 1] = "0"
+    ways = {"a": ("8", "1"), "b": ("2", "4")}
+    for name, (batch, accumulation) in ways.items():
+        assert main([*flags, "--out", str(tmp_path / name), "--batch-size", batch, "--accumulation", accumulation]) == 0
+    a, b = (weights(tmp_path / name, 8) for name in ways)
+    for key in ("wte.weight", "hrm_core.L_level.layers.0.mlp.up.weight"):
+        assert torch.allclose(a[key], b[key], atol=2e-5), key
+
+
+def test_depth_of_a_row_depends_on_its_sample_number_only(flags, tmp_path):
+    for name, batch, accumulation in (("a", "8", "1"), ("b", "2", "4")):
+        run = ["--out", str(tmp_path / name), "--batch-size", batch, "--accumulation", accumulation]
+        assert main([*flags, *run]) == 0
+    a, b = ([r["depths"] for r in records(tmp_path / name, "train")] for name in ("a", "b"))
+    assert a == b and len({json.dumps(d) for d in a}) > 1
+
+
+@pytest.mark.parametrize(("depth", "expected"), [("fixed:2", {"2"}), ("head", {"1", "2", "3"})])
+def test_depth_can_be_fixed_or_left_to_the_head(flags, tmp_path, depth, expected):
+    assert main([*flags, "--depth", depth]) == 0
+    assert set().union(*(r["depths"] for r in records(tmp_path / "run", "train"))) <= expected
+    last = records(tmp_path / "run", "eval")[-1]
+    if depth == "fixed:2":
+        assert last["val_loss"] == last["loss_by_depth"]["2"]
+
+
+def test_published_gradient_trains(flags, tmp_path):
+    assert main([*flags, "--depth", "head", "--gradient", "published"]) == 0
+    assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "run", "train"))
+
+
+def test_init_from_starts_a_new_run_from_weights(flags, tmp_path):
+    assert main(flags) == 0
+    second = [*flags, "--out", str(tmp_path / "second"), "--init-from", str(tmp_path / "run"), "--lr", "0", "--min-lr"]
+    assert main([*second, "0"]) == 0
+    assert torch.equal(weights(tmp_path / "second", 8)["wte.weight"], weights(tmp_path / "run", 8)["wte.weight"])
+
+
+def test_a_tracker_that_fails_warns_and_is_left_out(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.warns(RuntimeWarning, match="tracker wandb is left out"):
+        assert main([*flags, "--track", "wandb"]) == 0
+    assert len(records(tmp_path / "run", "train")) == 8
+
+
+def test_fused_on_a_machine_without_a_gpu_says_so_and_trains(flags, tmp_path, capsys):
+    assert main([*flags, "--fused"]) == 0
+    assert "Triton kernels need a CUDA device and this is cpu; the reference trains" in capsys.readouterr().out
+
+
+def test_fused_require_without_a_gpu_is_an_error(flags, capsys):
+    assert main([*flags, "--fused=require"]) == 1
+    assert "--fused=require: no kernel can run for rms_norm" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_to_the_same_losses(flags, tmp_path):
+    flags[flags.index("--dropout") + 1] = "0"
+    assert main([*flags, "--out", str(tmp_path / "eager")]) == 0
+    assert main([*flags, "--out", str(tmp_path / "compiled"), "--compile"]) == 0
+    eager, compiled = ([r["loss"] for r in records(tmp_path / n, "train")] for n in ("eager", "compiled"))
+    assert np.allclose(eager, compiled, rtol=1e-4)
+
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_saves_and_resumes_to_the_same_bits(flags, tmp_path):
+    """SIGTERM after the third step: that step is saved (2 is the save interval), and the run goes on from there."""
+    whole = tmp_path / "whole"
+    assert main([*flags, "--out", str(whole)]) == 0
+
+    process = start(*flags)
+    for line in process.stdout:
+        if line.split()[:2] == ["step", "3/8"]:
+            process.terminate()
+    assert process.wait() == 75
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000008").exists()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # a line cut off by a kill
+
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert_same_bits(weights(tmp_path / "run", 8), weights(whole, 8))
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 9))
+    same = ("step", "loss", "grad_norm", "depths")
+    found, expected = ([[r[key] for key in same] for r in records(run, "train")] for run in (tmp_path / "run", whole))
+    assert found == expected
+
+
+def kill_and_resume(flags: list[str], tmp_path: Path, kills: int, seed: int) -> None:
+    """kill -9 a run at random moments, resume each time, and compare its end with an uninterrupted run's."""
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    chance = np.random.default_rng(seed)
+    done = 0
+    while done < kills:
+        process = start(*flags, "--resume", "auto")
+        for line in process.stdout:
+            if line.startswith("kernels"):  # the header's last line: the run is at work from here on
+                time.sleep(chance.uniform(0.0, 1.0))
+                process.kill()
+                break
+        process.stdout.read()
+        code = process.wait()
+        assert code in (0, -9), code
+        done += code == -9
+        if code == 0:  # it finished before the kill: begin again, so that every kill hits a run at work
+            shutil.rmtree(tmp_path / "run")
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert_same_bits(weights(tmp_path / "run", 8), weights(tmp_path / "whole", 8))
+
+
+def test_three_kills_change_nothing(flags, tmp_path):
+    kill_and_resume(flags, tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(flags, tmp_path):
+    kill_and_resume(flags, tmp_path, kills=20, seed=1)
+
+
+def test_a_second_signal_leaves_at_once_and_harms_nothing(flags, tmp_path):
+    flags[flags.index("--steps") + 1] = "100000"
+    process = start(*flags, "--save-every", "1", stdin=subprocess.DEVNULL)
+    signals = 0
+    for line in process.stdout:
+        if line.split()[:2] == ["step", "20/100000"]:
+            os.kill(process.pid, 2)
+            os.kill(process.pid, 15)
+            signals += 1
+    assert signals == 1
+    # the second one may find the run already leaving: both ends are clean
+    assert process.wait() in (75, 128 + 15, 128 + 2)
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        verify_checkpoint(checkpoint)
+
+
+def test_a_finished_run_has_nothing_to_resume(flags, capsys):
+    assert main(flags) == 0
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert "the run has finished: step 8 of 8" in capsys.readouterr().out
+
+
+def test_resume_falls_back_to_the_newest_intact_checkpoint(flags, tmp_path):
+    assert main(flags) == 0
+    expected = weights(tmp_path / "run", 8)
+    broken = tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors"
+    content = bytearray(broken.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"step-00000008.*model\.safetensors.*sha256"):
+        assert main([*flags, "--resume", "auto"]) == 0
+    assert_same_bits(weights(tmp_path / "run", 8), expected)
+
+
+def test_resuming_with_other_options_lists_them(flags, small_dataset, tmp_path, capsys):
+    assert main(flags) == 0
+    assert main([*flags, "--resume", "auto", "--lr", "0.02", "--seed", "5"]) == 1
+    error = capsys.readouterr().err
+    assert "--lr was 0.01, is 0.02" in error and "--seed was 1337, is 5" in error
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_occupied_directory_is_never_written_to(flags, tmp_path, capsys):
+    assert main(flags) == 0
+    assert main(flags) == 1
+    assert "holds a run already; continue it with --resume auto" in capsys.readouterr().err
+    assert main([*flags, "--overwrite"]) == 0
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for extra in ([], ["--overwrite"], ["--resume", "auto"]):
+        assert main([*flags, "--out", str(tmp_path / "mine"), *extra]) == 1
+        assert "holds files that are no training run" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+    assert main([*flags, "--out", str(tmp_path / "mine" / "thesis.txt")]) == 1
+    assert "is a file" in capsys.readouterr().err
+    assert main([*flags, "--out", str(tmp_path / "mine" / "thesis.txt" / "run")]) == 1
+    assert "thesis.txt" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, capsys):
+    flags[flags.index("--lr") + 1] = "1e30"
+    assert main([*flags, "--save-every", "1"]) == 76
+    printed = capsys.readouterr().out
+    assert "error: step 2" in printed and "is not finite, in samples 8..15" in printed
+    assert "step-00000001" in printed and "no parameter was changed" in printed
+    after = weights(tmp_path / "run", 1)
+    assert all(torch.isfinite(t).all() for t in after.values())
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000002").exists()
+
+
+def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(flags, tmp_path):
+    """The file size limit stands for a full disk: the write of the weights fails in the middle."""
+    assert main([*flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    limit = 1_000_000
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(*flags, "--out", str(tmp_path / "full"), preexec_fn=limited)
+    printed = process.communicate()[0]
+    assert process.returncode == 1
+    assert "step-00000002" in printed and "error:" in printed and "Traceback" not in printed
+    assert not list((tmp_path / "full" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--steps", "0", "--batch-size", "0"], r"--steps 0 is below its minimum 1\n  --batch-size 0"),
+        (["--min-lr", "0.5"], "--min-lr 0.5 is above --lr 0.01"),
+        (["--depth", "fixed:0"], "--depth 'fixed:0' is none of random, head, fixed:N"),
+        (["--depth", "fixed:9"], "--depth fixed:9 is over hrm_max_steps 3"),
+        (["--recipe", "huge"], "--recipe 'huge' is none of tiny, small, base"),
+        (["--dtype", "int4"], "--dtype 'int4' is none of auto, float32, bfloat16"),
+        (["--device", "cuda:7"], "--device 'cuda:7' is not to be had here"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data-weights", "1", "2"], "2 weights"),
+        (["--init-from", "nowhere"], "nowhere does not exist"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--track", "paper"], "--track 'paper' is none of tensorboard, wandb"),
+        (["--dropout", "1"], "--dropout 1.0 is outside"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_made(flags, tmp_path, capsys, extra, message):
+    import re
+
+    assert main([*flags, *extra]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith("error: ") and not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_vocabulary_is_too_small_for_the_data_is_refused(flags, small_model, tmp_path, capsys):
+    shape = json.loads(small_model.read_text()) | {"vocab_size": 300}
+    (tmp_path / "small.json").write_text(json.dumps(shape))
+    assert main([*flags, "--config", str(tmp_path / "small.json")]) == 1
+    assert "vocab_size 300" in capsys.readouterr().err
+
+
+def test_an_impossible_model_lists_its_faults(flags, small_model, tmp_path, capsys):
+    shape = json.loads(small_model.read_text()) | {"n_head": 3, "hrm_max_steps": 0}
+    (tmp_path / "bad.json").write_text(json.dumps(shape))
+    assert main([*flags, "--config", str(tmp_path / "bad.json")]) == 1
+    error = capsys.readouterr().err
+    assert "n_embd 8 is not divisible by n_head 3" in error and "hrm_max_steps 0" in error
+
+
+def test_every_flag_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "what sets a row's steps" in capsys.readouterr().out
