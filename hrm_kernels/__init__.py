@@ -57,9 +57,7 @@ def add_rms_norm(x: Tensor, branch: Tensor, w: Tensor, eps: float = 1e-5) -> tup
     return implementation("add_rms_norm", x.device)(x, branch, w, eps)
 
 
-def swiglu(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None
-) -> Tensor:
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
     """silu(x w_up^T + b_up) * (x w_gate^T + b_gate). The activation sits on `up`, as in the published model.
 
     Args:

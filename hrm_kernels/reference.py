@@ -34,9 +34,7 @@ def swiglu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(up) * gate
 
 
-def swiglu(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None
-) -> Tensor:
+def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
     return swiglu_mul(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up))
 
 
@@ -97,9 +95,7 @@ def attention(
     # a kernel what it may leave out.
     heads = rearrange(qkv, "b t (h d) -> b h t d", h=n_head + 2 * n_kv_head)
     q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=1)
-    out = F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=n_kv_head != n_head
-    )
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=n_kv_head != n_head)
     return rearrange(out, "b h t d -> b t (h d)")
 
 
@@ -133,52 +129,82 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w = x.to(dtype), w.to(dtype)
-    loss_M = _LinearCrossEntropy.apply(x, w, targets, ignore_index, z_loss)
     if reduction == "none":
-        return loss_M
-    total = loss_M.sum()
-    return total if reduction == "sum" else total / (targets != ignore_index).sum().clamp(min=1)
+        return _RowLosses.apply(x, w, targets, ignore_index, z_loss)
+    keep = targets != ignore_index
+    row_weight = keep.to(_wide(x.dtype))
+    if reduction == "mean":
+        row_weight = row_weight / keep.sum().clamp(min=1)
+    with_gradient = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    return _TotalLoss.apply(x, w, targets, ignore_index, z_loss, row_weight, with_gradient)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Per-row losses in chunks of rows; the backward computes each chunk's logits again from the saved logsumexp.
+class _TotalLoss(torch.autograd.Function):
+    """sum_i row_weight_i * loss_i, in chunks of rows. The weights are known, so a chunk's gradient is made while its
+    logits are there: three products instead of the four that a backward of its own would need.
 
-    With l = x w^T, s = logsumexp(l), p = exp(l - s), g the gradient of the row's loss:
-    dl = g * (p * (1 + 2 z_loss s) - onehot(target)); dx = dl w; dw = dl^T x.
+    With l = x w^T, s = logsumexp(l), p = exp(l - s): dl = row_weight * (p * (1 + 2 z_loss s) - onehot(target)),
+    dx = dl w, dw = dl^T x.
     """
 
     @staticmethod
-    def forward(ctx, x, w, targets, ignore_index, z_loss):
-        wide = _wide(x.dtype)
-        loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
-        lse = torch.zeros_like(loss)
-        for rows, logits in _logit_chunks(x, w, wide):
-            target = targets[rows]
-            keep = target != ignore_index
-            picked = logits.gather(-1, target.where(keep, 0)[:, None])[:, 0]
-            top = logits.amax(-1)
-            lse[rows] = logits.sub_(top[:, None]).exp_().sum(-1).log() + top
-            loss[rows] = (lse[rows] - picked + z_loss * lse[rows].square()).where(keep, 0.0)
-        ctx.save_for_backward(x, w, targets, lse)
-        ctx.ignore_index, ctx.z_loss = ignore_index, z_loss
-        return loss
+    def forward(ctx, x, w, targets, ignore_index, z_loss, row_weight, with_gradient):
+        total = row_weight.new_zeros(())
+        dx, dw = (torch.empty_like(x), torch.zeros_like(w, dtype=row_weight.dtype)) if with_gradient else (None, None)
+        for rows, logits in _logit_chunks(x, w, row_weight.dtype):
+            target = targets[rows].where(targets[rows] != ignore_index, 0)[:, None]
+            loss, lse, sums = _exponentiate(logits, target, z_loss)
+            weight = row_weight[rows]
+            total += (loss * weight).sum()
+            if with_gradient:
+                logits.mul_((weight * (1 + 2 * z_loss * lse) / sums)[:, None])
+                d_logits = logits.scatter_add_(-1, target, -weight[:, None]).to(w.dtype)
+                dx[rows] = d_logits @ w
+                if dw.dtype == x.dtype:
+                    dw.addmm_(d_logits.t(), x[rows])  # saves a temporary of w's size
+                else:
+                    dw += d_logits.t() @ x[rows]
+        if with_gradient:
+            ctx.save_for_backward(dx, dw.to(w.dtype))
+        return total
 
     @staticmethod
     def backward(ctx, g):
-        x, w, targets, lse = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        dw = torch.zeros_like(w, dtype=lse.dtype)
-        for rows, logits in _logit_chunks(x, w, lse.dtype):
-            target = targets[rows]
-            keep = target != ctx.ignore_index
-            scale = g[rows].where(keep, 0.0)
-            d_logits = logits.sub_(lse[rows, None]).exp_()
-            d_logits.mul_((scale * (1 + 2 * ctx.z_loss * lse[rows]))[:, None])
-            d_logits.scatter_add_(-1, target.where(keep, 0)[:, None], -scale[:, None])
-            d_logits = d_logits.to(w.dtype)
-            dx[rows] = d_logits @ w
-            dw += d_logits.t() @ x[rows]
-        return dx, dw.to(w.dtype), None, None, None
+        dx, dw = ctx.saved_tensors
+        return dx * g, dw * g, None, None, None, None, None
+
+
+class _RowLosses(torch.autograd.Function):
+    """[M] losses in chunks of rows. Their weights come with the backward, which makes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, x, w, targets, ignore_index, z_loss):
+        losses = torch.empty(x.shape[0], dtype=_wide(x.dtype), device=x.device)
+        for rows, logits in _logit_chunks(x, w, losses.dtype):
+            keep = targets[rows] != ignore_index
+            loss, _, _ = _exponentiate(logits, targets[rows].where(keep, 0)[:, None], z_loss)
+            losses[rows] = loss.where(keep, 0.0)
+        ctx.save_for_backward(x, w, targets)
+        ctx.ignore_index, ctx.z_loss = ignore_index, z_loss
+        return losses
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, targets = ctx.saved_tensors
+        row_weight = g.where(targets != ctx.ignore_index, 0.0)
+        with torch.enable_grad():
+            inputs = x.detach().requires_grad_(), w.detach().requires_grad_()
+            total = _TotalLoss.apply(*inputs, targets, ctx.ignore_index, ctx.z_loss, row_weight, True)
+            return *torch.autograd.grad(total, inputs), None, None, None
+
+
+def _exponentiate(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, logsumexp, sums) of each row; overwrites `logits` with exp(logits - max), whose row sums are `sums`."""
+    picked = logits.gather(-1, target)[:, 0]
+    top = logits.amax(-1)
+    sums = logits.sub_(top[:, None]).exp_().sum(-1)
+    lse = sums.log() + top
+    return lse - picked + z_loss * lse.square(), lse, sums
 
 
 def _logit_chunks(x: Tensor, w: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -239,7 +239,7 @@ def test_resume_falls_back_to_the_newest_intact_checkpoint(flags, tmp_path):
     content = bytearray(broken.read_bytes())
     content[-1] ^= 1
     broken.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"step-00000008.*model\.safetensors.*sha256"):
+    with pytest.warns(UserWarning, match=r"(?s)step-00000008.*model\.safetensors"):
         assert main([*flags, "--resume", "auto"]) == 0
     assert_same_bits(weights(tmp_path / "run", 8), expected)
 

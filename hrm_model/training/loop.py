@@ -397,11 +397,9 @@ class Pretraining:
     def _print_summary(self) -> None:
         last = next((r for r in reversed(self.metrics.records) if r["kind"] == "eval"), None)
         if last:
-            print(
-                f"done: val loss {last['val_loss']:.4f}, {last['unigram'] - last['val_loss']:+.4f} nats better than "
-                f"the unigram model",
-                flush=True,
-            )
+            gain = last["unigram"] - last["val_loss"]
+            side = "under" if gain >= 0 else "over"
+            print(f"done: val loss {last['val_loss']:.4f}, {abs(gain):.4f} nats {side} the unigram model's", flush=True)
         print(
             f"checkpoint {self.saved}\nbest       {best_checkpoint(self.out)}\n"
             f"picture    {self.out / 'dashboard.png'}\nmetrics    {self.out / 'metrics.jsonl'}",
