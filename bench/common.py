@@ -30,9 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def interleaved(
-    work: dict[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
+def interleaved(work: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each piece of work, `repeats` times, taken in turns so that a machine's drift meets all alike.
 
     The first round is thrown away: it pays for memory and caches.

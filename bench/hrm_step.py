@@ -1,6 +1,6 @@
 """Does a sample cost what it thinks? Time of a batch against the HRM steps its rows really run.
 
-    python bench/hrm_step.py                 # small recipe on this device, a minute or two
+    python bench/hrm_step.py                 # the small model on this device; three minutes on two CPU cores
     python bench/hrm_step.py --save          # also appends to bench/results/hrm_step.jsonl
 
 Batches whose rows stop at different steps are timed, forward and as a training iteration, and fitted by
@@ -57,9 +57,7 @@ def check(model: HRMForCausalLM, ids: torch.Tensor, mixes: dict[str, list[int]])
             alone = model(ids[row : row + 1], force_steps=depth).logits[0]
             worst = max(worst, ((mixed.logits[row] - alone).norm() / alone.norm()).item())
     if worst > 1e-4:
-        raise SystemExit(
-            f"error: a row's logits depend on its batch ({worst:.1e} relative): nothing was timed"
-        )
+        raise SystemExit(f"error: a row's logits depend on its batch ({worst:.1e} relative): nothing was timed")
     return worst
 
 
@@ -128,13 +126,11 @@ def measure(model: HRMForCausalLM, ids: torch.Tensor, repeats: int, training: bo
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 1 if rows that are done were not free."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="small", help="tiny, small or base")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens per row")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per row")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--save", action="store_true", help="append to bench/results/hrm_step.jsonl")
     options = parser.parse_args(argv)

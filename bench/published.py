@@ -30,9 +30,7 @@ class PublishedHRM(nn.Module):
     def forward(self, ids_BT: Tensor, targets: Tensor | None = None) -> HRMOutput:
         """As HRMForCausalLM.forward with neither lengths nor depth options; logits are always made."""
         model, config = self.model, self.model.config
-        self.rotary = (
-            _complex_rotary(ids_BT.shape[1], config.head_dim, ids_BT.device) if config.use_rotary else None
-        )
+        self.rotary = _complex_rotary(ids_BT.shape[1], config.head_dim, ids_BT.device) if config.use_rotary else None
         x = model.wte(ids_BT)
         if not config.use_rotary:
             x = x + model.wpe.weight[: ids_BT.shape[1]]

@@ -30,9 +30,7 @@ MANIFEST = "manifest.json"
 _OUR_FILES = {MANIFEST, "config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
 _STALE_AFTER_S = 3600
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_TEMPORARY = re.compile(
-    r"\.(?P<kind>tmp|old)-(?P<name>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.(?P<space>[A-Za-z0-9-]*)"
-)
+_TEMPORARY = re.compile(r"\.(?P<kind>tmp|old)-(?P<name>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.(?P<space>[A-Za-z0-9-]*)")
 _in_use: set[Path] = set()
 
 
@@ -53,9 +51,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def atomic_directory(
-    target: str | Path, overwrite: bool = False, needed_bytes: int | None = None
-) -> Iterator[Path]:
+def atomic_directory(target: str | Path, overwrite: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
     """Yield an empty directory beside `target`; on leaving, seal it with a manifest and rename it.
 
     Args:
@@ -145,9 +141,7 @@ def verify(directory: str | Path, required: Iterable[str] = (), only: Iterable[s
     only = None if only is None else list(only)
     for name in [*required, *(only or ())]:
         if name not in manifest:
-            raise CheckpointError(
-                f"{directory / MANIFEST} lists no {name}; the checkpoint is not whole, use another"
-            )
+            raise CheckpointError(f"{directory / MANIFEST} lists no {name}; the checkpoint is not whole, use another")
     for name, expected in manifest.items():
         if only is not None and name not in only:
             continue
@@ -161,9 +155,7 @@ def verify(directory: str | Path, required: Iterable[str] = (), only: Iterable[s
                 )
             digest = _sha256(path)
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{path} is missing, but the manifest lists it; use another checkpoint"
-            ) from None
+            raise CheckpointError(f"{path} is missing, but the manifest lists it; use another checkpoint") from None
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}; the disk may be failing") from error
         if digest != expected["sha256"]:
@@ -182,23 +174,17 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
         CheckpointError: there is none (the save never ended), or it is no such mapping.
     """
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is not a directory; a checkpoint is a directory with a {MANIFEST}"
-        )
+        raise CheckpointError(f"{directory} is not a directory; a checkpoint is a directory with a {MANIFEST}")
     path = directory / MANIFEST
     if not path.exists():
-        raise CheckpointError(
-            f"{directory} has no {MANIFEST}: its save was interrupted; use another checkpoint"
-        )
+        raise CheckpointError(f"{directory} has no {MANIFEST}: its save was interrupted; use another checkpoint")
     manifest = read_json(path)
     for name, entry in manifest.items():
         # A plain name only: a manifest must not make us read files elsewhere.
         plain = name not in ("", ".", "..") and not set(name) & set("/\\:\0")
         sound = isinstance(entry, dict) and isinstance(entry.get("size"), int) and "sha256" in entry
         if not plain or not sound:
-            raise CheckpointError(
-                f"{path} has a bad entry for {name!r}; the checkpoint is damaged, use another"
-            )
+            raise CheckpointError(f"{path} has a bad entry for {name!r}; the checkpoint is damaged, use another")
     return manifest
 
 

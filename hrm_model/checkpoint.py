@@ -75,9 +75,7 @@ _STEP_NAME = re.compile(r"step-\d{8,}")
 _found_intact: dict[Path, tuple] = {}
 
 
-def save_model(
-    model: nn.Module, path: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False
-) -> Path:
+def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
     """Write `model` to the directory `path`: config.json, model.safetensors, manifest.json.
 
     Both keys of a tied pair are written, so the published code loads the file strictly.
@@ -182,17 +180,11 @@ def save_checkpoint(
         CheckpointError: the disk is full or the path cannot be written; earlier checkpoints are untouched.
     """
     if not isinstance(step, int) or step < 0:
-        raise ValueError(
-            f"step {step!r} is not an integer of at least 0; pass the number of optimizer steps done"
-        )
+        raise ValueError(f"step {step!r} is not an integer of at least 0; pass the number of optimizer steps done")
     if not isinstance(keep_last, int) or keep_last < 1:
-        raise ValueError(
-            f"keep_last {keep_last!r} is not an integer of at least 1; with 1 only the newest is kept"
-        )
+        raise ValueError(f"keep_last {keep_last!r} is not an integer of at least 1; with 1 only the newest is kept")
     if state.get("step", step) != step:
-        raise ValueError(
-            f"state['step'] is {state['step']!r}, but the checkpoint is of step {step}; leave it out"
-        )
+        raise ValueError(f"state['step'] is {state['step']!r}, but the checkpoint is of step {step}; leave it out")
     values = {key: plain(value, f"state[{key!r}]") for key, value in state.items()} | {"step": step}
     model = unwrap(model)
     weights = to_store(model.state_dict())
@@ -292,9 +284,7 @@ def _resolve(path: Path) -> Path:
     """The .safetensors or .pt file that `path` stands for."""
     if not path.exists():
         former = interrupted_replacement(path)
-        remedy = (
-            f"a save over it was interrupted: rename {former} to {path.name}" if former else "check the path"
-        )
+        remedy = f"a save over it was interrupted: rename {former} to {path.name}" if former else "check the path"
         raise CheckpointError(f"{path} does not exist; {remedy}")
     if not path.is_dir():
         if path.suffix == ".safetensors" and not (path.parent / CONFIG).exists():
@@ -306,9 +296,7 @@ def _resolve(path: Path) -> Path:
         broken: list[str] = []
         found = latest_checkpoint(path, broken.append)
         if found is None:
-            raise CheckpointError(
-                f"{path} has no intact checkpoint" + "".join(f"\n  {line}" for line in broken)
-            )
+            raise CheckpointError(f"{path} has no intact checkpoint" + "".join(f"\n  {line}" for line in broken))
         for line in broken:
             warnings.warn(line, stacklevel=3)
         return found / WEIGHTS

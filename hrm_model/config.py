@@ -163,9 +163,7 @@ class HRMConfig:
         if self.n_embd % self.n_head:
             below = self.n_embd // self.n_head * self.n_head
             nearest = [str(n) for n in (below, below + self.n_head) if n > 0]
-            yield (
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; nearest: {', '.join(nearest)}"
-            )
+            yield (f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; nearest: {', '.join(nearest)}")
         elif self.use_rotary is True and self.head_dim % 2:
             yield (
                 f"n_embd / n_head = {self.head_dim} is odd, and rotary positions rotate pairs; "
@@ -185,9 +183,7 @@ class HRMConfig:
         known = {f.name for f in fields(cls)}
         model_type = values.get("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
-            raise ValueError(
-                f"config.json is of model_type {model_type!r}; this package reads {MODEL_TYPE!r}"
-            )
+            raise ValueError(f"config.json is of model_type {model_type!r}; this package reads {MODEL_TYPE!r}")
         unknown = [key for key in values if key not in known and key not in _HUGGING_FACE_KEYS]
         if unknown:
             raise ValueError("; ".join(_unknown_key(key, known) for key in unknown))

@@ -163,14 +163,10 @@ class _Loop:
                 self.executed[row] += 1
             self._decide(live, z_H, lengths)
             halted = [i for i, row in enumerate(live) if self.halted[row]]
-            ended = [
-                i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] == limit[row]
-            ]
+            ended = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] == limit[row]]
             self._keep([live[i] for i in halted], *_pick(halted, *(before if keep_before else (z_H, z_L))))
             self._keep([live[i] for i in ended], *_pick(ended, z_H, z_L))
-            stay = [
-                i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] < limit[row]
-            ]
+            stay = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] < limit[row]]
             live = [live[i] for i in stay]
             x, lengths, z_H, z_L = _pick(stay, x, lengths, z_H, z_L)
 

@@ -184,30 +184,20 @@ class HRMForCausalLM(nn.Module):
             raise ValueError(f"ids must be [B, T] int64; got {tuple(ids_BT.shape)} {ids_BT.dtype}")
         n_rows, n_tokens = ids_BT.shape
         if n_rows == 0 or n_tokens == 0:
-            raise ValueError(
-                f"the batch is empty: ids have shape {n_rows} x {n_tokens}; give at least one token"
-            )
+            raise ValueError(f"the batch is empty: ids have shape {n_rows} x {n_tokens}; give at least one token")
         if n_tokens > c.block_size:
-            raise ValueError(
-                f"sequence of {n_tokens} tokens is over block_size {c.block_size}; cut or window it"
-            )
-        if (
-            ids_BT.device.type == "cpu"
-        ):  # on a GPU the look would cost a synchronisation; the data loader has looked
+            raise ValueError(f"sequence of {n_tokens} tokens is over block_size {c.block_size}; cut or window it")
+        if ids_BT.device.type == "cpu":  # on a GPU the look would cost a synchronisation; the data loader has looked
             low, high = ids_BT.min().item(), ids_BT.max().item()
             if low < 0 or high >= c.vocab_size:
                 bad = low if low < 0 else high
-                raise ValueError(
-                    f"token id {bad} is outside 0..{c.vocab_size - 1} (vocab_size {c.vocab_size})"
-                )
+                raise ValueError(f"token id {bad} is outside 0..{c.vocab_size - 1} (vocab_size {c.vocab_size})")
         if targets is not None:
             if targets.shape != ids_BT.shape:
                 raise ValueError(f"targets have shape {tuple(targets.shape)}, ids {tuple(ids_BT.shape)}")
             if targets.device.type == "cpu" and (targets.min() < IGNORE or targets.max() >= c.vocab_size):
                 bad = targets.min().item() if targets.min() < IGNORE else targets.max().item()
-                raise ValueError(
-                    f"target {bad} is outside 0..{c.vocab_size - 1}; use {IGNORE} for 'no target'"
-                )
+                raise ValueError(f"target {bad} is outside 0..{c.vocab_size - 1}; use {IGNORE} for 'no target'")
         if lengths is None:
             return None
         if not isinstance(lengths, Tensor) or lengths.device.type == "cpu":
@@ -231,14 +221,10 @@ def _checked_depths(force_steps, max_steps: int, n_rows: int) -> list[int]:
         force_steps, least = [force_steps] * n_rows, 1
     depths = [int(n) for n in force_steps]
     if len(depths) != n_rows:
-        raise ValueError(
-            f"force_steps has {len(depths)} entries for {n_rows} rows; give one each, or one number"
-        )
+        raise ValueError(f"force_steps has {len(depths)} entries for {n_rows} rows; give one each, or one number")
     wrong = [n for n in depths if not least <= n <= max_steps]
     if wrong:
-        raise ValueError(
-            f"force_steps {wrong[0]} is outside {least}..{max_steps}; to go deeper pass max_steps too"
-        )
+        raise ValueError(f"force_steps {wrong[0]} is outside {least}..{max_steps}; to go deeper pass max_steps too")
     return depths
 
 

@@ -81,9 +81,7 @@ def _load_inert(path: Path) -> Any:
     try:
         unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception as error:  # damaged files raise anything
-        raise CheckpointError(
-            f"{path} is no .pt file that can be read ({_first_line(error)}); {advice}"
-        ) from error
+        raise CheckpointError(f"{path} is no .pt file that can be read ({_first_line(error)}); {advice}") from error
     if refused := [name for name in unknown if _is_refused(name)]:
         raise CheckpointError(
             f"{path} names {some(refused)}, which can run commands and has no place in a checkpoint. "
@@ -126,9 +124,7 @@ def _config(content: Mapping[str, Any], path: Path) -> HRMConfig:
         return _config_from(read_json(beside), str(beside), strict=True)
     present = ", ".join(key for key in CONFIG_KEYS if key in content)
     found = f"{present} has no n_embd" if present else f"there is none of {', '.join(CONFIG_KEYS)}"
-    raise CheckpointError(
-        f"{path} has no config ({found}); put the model's config.json beside it, as {beside}"
-    )
+    raise CheckpointError(f"{path} has no config ({found}); put the model's config.json beside it, as {beside}")
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:

@@ -96,9 +96,7 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path:
         faults.append(f"{len(misshaped)} of another shape: {some(misshaped)}")
     if faults:
         raise CheckpointError(
-            f"{path} does not fit the model of its config:\n  "
-            + "\n  ".join(faults)
-            + "\nload it with its own config"
+            f"{path} does not fit the model of its config:\n  " + "\n  ".join(faults) + "\nload it with its own config"
         )
 
 
@@ -217,9 +215,7 @@ def read_optimizer(path: Path) -> SavedOptimizer:
                 slots.setdefault(name, {})[slot] = tensor
         return SavedOptimizer(path, content["kind"], content["groups"], slots, rng)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is no optimizer state of ours ({error!r}); use another checkpoint"
-        ) from error
+        raise CheckpointError(f"{path} is no optimizer state of ours ({error!r}); use another checkpoint") from error
 
 
 def check_optimizer(saved: SavedOptimizer, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

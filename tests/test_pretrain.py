@@ -36,7 +36,8 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     checkpoint = run / "checkpoints" / f"step-{step:08d}"
     verify_checkpoint(checkpoint)
     model, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
-    return {**model, **{f"optimizer/{k}": v for k, v in optimizer.items()}}
+    # clones: what load_file returns is mapped from the file, and some tests damage that
+    return {k: v.clone() for k, v in [*model.items(), *((f"optimizer/{k}", v) for k, v in optimizer.items())]}
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

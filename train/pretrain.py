@@ -25,9 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     from hrm_model.training.flags import add_flags
     from hrm_model.training.recipes import TrainConfig
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fused = {"nargs": "?", "const": "auto", "metavar": "auto|require"}
     add_flags(parser, TrainConfig, special={"fused": fused})
     return parser.parse_args(argv)

@@ -72,9 +72,7 @@ def _draw_depths(axis, train) -> None:
     if not train:
         return
     deepest = max(int(d) for r in train for d in r["depths"])
-    shares = [
-        [r["depths"].get(str(d), 0) / sum(r["depths"].values()) for r in train] for d in range(1, deepest + 1)
-    ]
+    shares = [[r["depths"].get(str(d), 0) / sum(r["depths"].values()) for r in train] for d in range(1, deepest + 1)]
     steps = [r["step"] for r in train]
     axis.imshow(
         shares,

@@ -49,15 +49,11 @@ def choose_kernels(fused: str, device: torch.device) -> str:
     Raises:
         ValueError: require, and an op has no kernel that can run here; names the op and the reason.
     """
-    missing = {
-        op: why for op in hrm_kernels.describe(device) if (why := hrm_kernels.why_no_kernel(op, device))
-    }
+    missing = {op: why for op in hrm_kernels.describe(device) if (why := hrm_kernels.why_no_kernel(op, device))}
     if fused == "require":
         if missing:
             op, why = next(iter(missing.items()))
-            raise ValueError(
-                f"--fused=require: no kernel can run for {op}: {why}; use --fused for what there is"
-            )
+            raise ValueError(f"--fused=require: no kernel can run for {op}: {why}; use --fused for what there is")
         hrm_kernels.use_backend("triton")
     else:
         hrm_kernels.use_backend("reference" if fused == "off" else "auto")

@@ -30,9 +30,7 @@ def block_flops(config: HRMConfig, n_tokens: int) -> float:
     return 2.0 * (projections + mlp) + 2.0 * n_tokens * c.n_embd
 
 
-def training_flops(
-    config: HRMConfig, n_tokens: int, executed: torch.Tensor, steps_taken: torch.Tensor
-) -> float:
+def training_flops(config: HRMConfig, n_tokens: int, executed: torch.Tensor, steps_taken: torch.Tensor) -> float:
     """FLOPs of forward and backward for rows of `n_tokens` tokens, with the replayed gradient.
 
     A row of n executed steps runs n - 1 of them without gradient (n if it halted by decision, which takes a look at the
@@ -40,9 +38,7 @@ def training_flops(
     """
     block = block_flops(config, n_tokens)
     step = block * config.blocks_per_step
-    outside = (
-        block * (config.n_input_layers + config.n_output_layers) + 2.0 * config.n_embd * config.vocab_size
-    )
+    outside = block * (config.n_input_layers + config.n_output_layers) + 2.0 * config.n_embd * config.vocab_size
     looped = (2 * executed - steps_taken - 1).sum().item()
     return n_tokens * (3.0 * len(executed) * (outside + step) + looped * step)
 

@@ -365,13 +365,9 @@ class Pretraining:
 
     def _draw(self) -> None:
         try:
-            draw_dashboard(
-                self.metrics.records, self.out / "dashboard.png", f"{self.out} ({self.run.recipe})"
-            )
+            draw_dashboard(self.metrics.records, self.out / "dashboard.png", f"{self.out} ({self.run.recipe})")
         except ImportError as error:
-            warnings.warn(
-                f"no dashboard.png: {error}; pip install 'hrm-kernels[plot]'", RuntimeWarning, stacklevel=2
-            )
+            warnings.warn(f"no dashboard.png: {error}; pip install 'hrm-kernels[plot]'", RuntimeWarning, stacklevel=2)
 
     def _print_header(self) -> None:
         run, c = self.run, self.config
@@ -385,11 +381,7 @@ class Pretraining:
             f"run     {run.steps} steps of {run.batch_size * run.accumulation} x {c.block_size} tokens, "
             f"depth {run.depth}, gradient {run.gradient}, in {self.out}\n"
             f"device  {self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
-            + (
-                "a resumed run gives the same bits"
-                if exact
-                else "resuming keeps the data order, not every bit"
-            )
+            + ("a resumed run gives the same bits" if exact else "resuming keeps the data order, not every bit")
             + f"\nkernels {self.kernels}",
             flush=True,
         )

@@ -63,9 +63,7 @@ class Trackers:
         self._open: dict[str, Any] = {}
         for name in names:
             start = {"tensorboard": _TensorBoard, "wandb": _WandB}[name]
-            self._guard(
-                name, lambda name=name, start=start: self._open.update({name: start(directory, config)})
-            )
+            self._guard(name, lambda name=name, start=start: self._open.update({name: start(directory, config)}))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers among `values` to every tracker still in use."""

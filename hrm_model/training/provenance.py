@@ -15,9 +15,7 @@ import torch
 from hrm_kernels import __version__
 
 
-def write_provenance(
-    directory: Path, run: dict[str, Any], model: dict[str, Any], data: list[dict[str, Any]]
-) -> None:
+def write_provenance(directory: Path, run: dict[str, Any], model: dict[str, Any], data: list[dict[str, Any]]) -> None:
     """Write run.json (and run.diff, when the checkout has uncommitted changes) into a run's directory."""
     root = Path(__file__).resolve().parents[2]
     commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")

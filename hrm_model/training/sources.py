@@ -35,8 +35,12 @@ PIECE_CHARS = 1_000_000
 _SHOWN_PROBLEMS = 20
 
 _SKIPPED_FOLDERS = re.compile(r"test|tests|idle_test|site-packages|dist-packages|__pycache__|config-.*")
-# topics.py is what is taken as topics; the others are of the machine: its paths, its owner's settings.
-_SKIPPED_FILES = re.compile(r"pydoc_data/topics\.py|_sysconfigdata.*\.py|(site|user)customize\.py")
+# topics.py is what is taken as topics; encodings/ has 1.4 MB of generated character tables, neither English nor code;
+# the others are of the machine: its paths, its owner's settings.
+_SKIPPED_FILES = re.compile(
+    r"pydoc_data/topics\.py|encodings/(cp|iso8859_|koi8_|mac_|kz1048|ptcp154|tis_620|hp_roman8|palmos).*\.py|"
+    r"_sysconfigdata.*\.py|(site|user)customize\.py"
+)
 # Importing readline may write to the terminal; _tkinter loads the window system.
 _SKIPPED_MODULES = frozenset({"readline", "_tkinter"})
 _SELF = re.compile(r"\$(module|type)(, /)?(, )?|\$")  # how a C signature marks what the caller does not pass

@@ -44,8 +44,7 @@ class Validation:
             if stop():
                 return None
             inputs, targets = (
-                torch.from_numpy(a[start : start + batch_size]).to(model.device)
-                for a in (self.inputs, self.targets)
+                torch.from_numpy(a[start : start + batch_size]).to(model.device) for a in (self.inputs, self.targets)
             )
             with autocast():
                 out = model(inputs, targets, force_steps=force_steps)
