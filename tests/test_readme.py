@@ -1,0 +1,80 @@
+"""The README is true: its files exist, its flags exist, its commands run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hrm_model.training.flags import field_docs
+from hrm_model.training.recipes import TrainConfig
+from train.prepare import main as prepare_main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_every_file_it_names_exists():
+    names = set(re.findall(r"\b[\w/-]+\.(?:py|md|png)\b", README))
+    names -= {"dashboard.png"}  # made by a run
+    known = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    missing = [name for name in names if not any(k == name or k.endswith("/" + name) for k in known)]
+    assert len(names) > 30 and not missing, missing
+
+
+def test_every_module_of_the_packages_is_in_its_map():
+    listed = README[README.index("## Map") :]
+    modules = [p for package in ("hrm_kernels", "hrm_model") for p in (ROOT / package).rglob("*.py")]
+    missing = [p.name for p in modules if p.name not in listed and p.name != "version.py"]
+    assert not missing, missing
+
+
+def test_every_flag_it_names_exists(capsys):
+    with pytest.raises(SystemExit):
+        prepare_main(["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    known |= {"--" + name.replace("_", "-") for name in field_docs(TrainConfig)} | {"--help"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
+    assert len(named) > 8 and named <= known, named - known
+
+
+def commands() -> list[str]:
+    """The two commands without their installation, then those of the section Use, in the README's order."""
+    one, two, use = blocks("bash")
+    last = [c.strip().split("&&")[-1].strip().replace(".venv/bin/python", "python") for c in (one, two)]
+    assert last == ["python train/pretrain.py", "python -m pytest"]
+    lines = [line for line in use.strip().splitlines() if not line.startswith("#")]
+    return [last[0], *lines]
+
+
+@pytest.mark.slow
+def test_every_command_runs_as_it_stands(tmp_path):
+    """In a clean copy, one after the other, then the Python example. Command two is how this test is run itself."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        target = tmp_path / "copy" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+    outputs = {}
+    for command in [*commands(), f"python -c {shlex.quote(blocks('python')[0])}"]:
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        outputs[command] = done.stdout
+    gain = re.search(r"([\d.]+) nats under the unigram", outputs["python train/pretrain.py"])
+    assert gain and float(gain[1]) >= 0.2, "command one must end at least 0.2 nats under the unigram loss"
