@@ -64,7 +64,7 @@ def atomic_directory(target: str | Path, overwrite: bool = False, needed_bytes: 
             written. Nothing is left behind, and what stood at `target` still stands.
     """
     target = Path(os.path.realpath(target))
-    temporary = _beside(target, "tmp")
+    temporary = beside(target, "tmp")
     _in_use.add(temporary)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def atomic_directory(target: str | Path, overwrite: bool = False, needed_bytes: 
         temporary.mkdir()
         yield temporary
         _seal(temporary)
-        _put_in_place(temporary, target)
+        put_in_place(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # before the message counts free bytes
         raise _write_error(error, target, needed_bytes) from error
@@ -84,12 +84,12 @@ def atomic_directory(target: str | Path, overwrite: bool = False, needed_bytes: 
 
 def remove_directory(path: Path) -> None:
     """Delete a directory so that a kill half-way leaves nothing that bears its name."""
-    doomed = _beside(path, "tmp")
+    doomed = beside(path, "tmp")
     try:
         path.rename(doomed)
     except OSError as error:
         raise CheckpointError(f"cannot remove {path}: {error.strerror}; remove it by hand") from error
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -210,7 +210,8 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def _beside(target: Path, kind: str) -> Path:
+def beside(target: Path, kind: str) -> Path:
+    """A new name next to `target` that says whose it is: kind "tmp" is being written, "old" is being replaced."""
     return target.with_name(f".{kind}-{target.name}.{os.getpid()}.{secrets.token_hex(4)}.{_SPACE}")
 
 
@@ -249,22 +250,23 @@ def _seal(directory: Path) -> None:
         shutil.copymode(directory / MANIFEST, directory / name)
         with open(directory / name, "r+b") as file:
             os.fsync(file.fileno())
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a complete directory to its final name; one that is there is moved aside first and then deleted."""
     if not target.exists():
         temporary.rename(target)
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
         return
     # Two renames, as no portable call swaps two directories. Killed between them, the former content is
     # found under its .old- name: remove_leftovers() puts it back, interrupted_replacement() names it.
-    former = _beside(target, "old")
+    former = beside(target, "old")
     _in_use.add(former)
     try:
         target.rename(former)
         temporary.rename(target)
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
         shutil.rmtree(former, ignore_errors=True)
     finally:
         if former.exists() and not target.exists():
@@ -272,7 +274,8 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         _in_use.discard(former)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to disk, so that a rename in it survives a power cut."""
     if os.name != "posix":  # Windows cannot open a directory for this
         return
     handle = os.open(path, os.O_RDONLY)

@@ -146,6 +146,15 @@ def test_fused_require_without_a_gpu_is_an_error(flags, capsys):
     assert "--fused=require: no kernel can run for rms_norm" in capsys.readouterr().err
 
 
+def test_bfloat16_autocast_trains_close_to_float32(flags, tmp_path):
+    flags[flags.index("--dropout") + 1] = "0"
+    for dtype in ("float32", "bfloat16"):
+        assert main([*flags, "--dtype", dtype, "--out", str(tmp_path / dtype)]) == 0
+    exact, rounded = ([r["loss"] for r in records(tmp_path / n, "train")] for n in ("float32", "bfloat16"))
+    assert exact != rounded and np.allclose(exact, rounded, rtol=5e-3)
+    assert all(t.dtype == torch.float32 for t in weights(tmp_path / "bfloat16", 8).values() if t.is_floating_point())
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_to_the_same_losses(flags, tmp_path):
     flags[flags.index("--dropout") + 1] = "0"

@@ -82,5 +82,6 @@ def _draw_depths(axis, train) -> None:
         vmin=0,
         extent=(steps[0], max(steps[-1], steps[0] + 1), 0.5, deepest + 0.5),
     )
+    axis.set_yticks(range(1, deepest + 1))
     axis.plot(steps, [r["mean_steps"] for r in train], color="C3", label="mean")
     axis.legend()

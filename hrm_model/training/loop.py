@@ -175,7 +175,7 @@ class Pretraining:
             group["lr"] = lr
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses, numbers, depths, flops = [], [], Counter(), 0.0
+        losses, numbers, counts = [], [], []
         for micro in range(run.accumulation):
             first = (self.step * run.accumulation + micro) * run.batch_size
             inputs, targets, samples = self.sampler.batch(first, run.batch_size)
@@ -189,11 +189,12 @@ class Pretraining:
             (out.loss / run.accumulation).backward()
             losses.append(out.loss.detach())
             numbers.append(samples)
-            depths.update(out.executed_steps.tolist())
-            flops += training_flops(self.config, inputs.shape[1], out.executed_steps, out.steps_taken)
+            counts.append((out.executed_steps, out.steps_taken))
         norm = clip_gradients(model, run.grad_clip)
-        per_micro = torch.stack([*losses, norm]).tolist()  # the step's only look at the device
+        per_micro = torch.stack([*losses, norm]).tolist()  # the host waits for the device only here
         self._require_finite(per_micro[:-1], per_micro[-1], numbers)
+        depths = Counter(n for executed, _ in counts for n in executed.tolist())
+        flops = sum(training_flops(self.config, inputs.shape[1], *pair) for pair in counts)
         self.optimizer.step()
         self.step += 1
         return StepResult(sum(per_micro[:-1]) / run.accumulation, per_micro[-1], lr, depths, flops)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import _beside, _put_in_place, _sync_directory, remove_leftovers
+from ..atomic import beside, put_in_place, remove_leftovers, sync_directory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -217,7 +217,7 @@ class DatasetWriter:
         self.out = Path(os.path.realpath(out))  # through a link, so that the rename stays on one file system
         self._overwrite = overwrite
         self._shard_tokens = shard_tokens
-        self._temporary = _beside(self.out, "tmp")
+        self._temporary = beside(self.out, "tmp")
         self.scratch = self._temporary / "scratch"
         self._splits = {name: {"tokens": 0, "documents": 0, "shards": []} for name in SPLITS}
         self._largest = 0
@@ -289,9 +289,9 @@ class DatasetWriter:
             file.write(json.dumps(manifest, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        _sync_directory(self._temporary)
+        sync_directory(self._temporary)
         check_output(self.out, self._overwrite)  # again: it may have appeared in the meantime
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
-        _put_in_place(self._temporary, self.out)
+        put_in_place(self._temporary, self.out)
         return open_dataset(self.out)
