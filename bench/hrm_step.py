@@ -30,6 +30,9 @@ from bench.published import PublishedHRM
 from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.training.device import choose_device
 
+RESIDUAL_LIMIT = 0.15
+"""Of the measured time: largest residual of the fit, and what a may differ by from a one-step batch less its step."""
+
 
 def depth_mixes(n_rows: int, max_steps: int) -> dict[str, list[int]]:
     """Name -> depth of each row; sums from n_rows to n_rows * max_steps, with few and with many distinct depths."""
@@ -101,6 +104,7 @@ def measure(model: HRMForCausalLM, ids: torch.Tensor, repeats: int, training: bo
     row_steps = [sum(depths) for depths in mixes.values()]
     a, b, residual = fit(row_steps, [times[name] for name in mixes])
     expected_a = times["all 1"] - b * len(ids)
+    disagreement = abs(a - expected_a) / times["all 1"]
     kind = "training iteration" if training else "forward"
     print(f"\n{kind}: {len(ids)} rows x {ids.shape[1]} tokens, median of {repeats}")
     print(f"{'depths':<14}{'row-steps':>10}{'ms':>10}{'fit':>10}{'published':>12}{'ratio':>8}")
@@ -111,27 +115,30 @@ def measure(model: HRMForCausalLM, ids: torch.Tensor, repeats: int, training: bo
         tail = f"{theirs * 1e3:>12.1f}{theirs / times[name]:>7.2f}x" if theirs else ""
         print(f"{name:<14}{n:>10}{times[name] * 1e3:>10.1f}{(a + b * n) * 1e3:>10.1f}{tail}")
     print(
-        f"fit: {a * 1e3:.1f} ms + {b * 1e3:.2f} ms x row-steps; largest residual {residual:.1%} (limit 15 %); "
-        f"a from a one-step batch less its step: {expected_a * 1e3:.1f} ms"
+        f"fit: {a * 1e3:.1f} ms + {b * 1e3:.2f} ms x row-steps; largest residual {residual:.1%}\n"
+        f"a from a one-step batch less its step: {expected_a * 1e3:.1f} ms, {disagreement:.1%} of that batch away "
+        f"(limits {RESIDUAL_LIMIT:.0%})"
     )
     return {
         "a_ms": a * 1e3,
         "b_ms_per_row_step": b * 1e3,
         "largest_residual": residual,
         "a_expected_ms": expected_a * 1e3,
+        "a_disagreement": disagreement,
         "ms": {name: t * 1e3 for name, t in times.items()},
         "row_steps": dict(zip(mixes, row_steps, strict=True)),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 1 if rows that are done were not free."""
+    """Run the benchmark; with --strict returns 1 where a limit is not kept (a busy machine may be why)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="small", help="tiny, small or base")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="tokens per row")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 where a limit is not kept")
     parser.add_argument("--save", action="store_true", help="append to bench/results/hrm_step.jsonl")
     options = parser.parse_args(argv)
     device = choose_device(options.device)
@@ -144,10 +151,16 @@ def main(argv: list[str] | None = None) -> int:
     record = {"benchmark": "hrm_step", "environment": environment(device), "options": vars(options)}
     record["forward"] = measure(model, ids, options.repeats, training=False)
     record["training"] = measure(model, ids, options.repeats, training=True)
+    kinds = ("forward", "training")
+    record["within_limits"] = all(
+        record[kind]["largest_residual"] <= RESIDUAL_LIMIT and record[kind]["a_disagreement"] <= RESIDUAL_LIMIT
+        for kind in kinds
+    )
+    print("limits kept" if record["within_limits"] else "LIMITS NOT KEPT")
     if options.save:
         print(f"appended to {save('hrm_step.jsonl', record)}")
     print(json.dumps(record))
-    return int(max(record[kind]["largest_residual"] for kind in ("forward", "training")) > 0.15)
+    return int(options.strict and not record["within_limits"])
 
 
 if __name__ == "__main__":

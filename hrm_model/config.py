@@ -15,8 +15,15 @@ END_OF_TEXT = 50256
 # What Hugging Face and the published repository put into config.json beside the model's own keys: accepted, not used.
 _HUGGING_FACE_KEYS = frozenset(
     "model_type architectures torch_dtype dtype auto_map transformers_version bos_token_id eos_token_id pad_token_id "
-    "tie_word_embeddings use_cache is_decoder return_dict name_or_path _name_or_path initializer_range "
-    "output_attentions output_hidden_states _attn_implementation_autoset task_specific_params".split()
+    "tie_word_embeddings use_cache is_decoder return_dict use_return_dict name_or_path _name_or_path initializer_range "
+    "output_attentions output_hidden_states _attn_implementation_autoset task_specific_params id2label label2id "
+    "num_labels problem_type tokenizer_class is_encoder_decoder torchscript use_bfloat16 tf_legacy_loss pruned_heads "
+    "chunk_size_feed_forward cross_attention_hidden_size add_cross_attention tie_encoder_decoder max_length min_length "
+    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task "
+    "prefix sep_token_id decoder_start_token_id".split()
 )
 _MINIMUM = {
     "vocab_size": 1,

@@ -36,6 +36,8 @@ class CoreOutput:
     """[B] int64, steps run."""
     halted: Tensor
     """[B] bool, whether the row stopped by the head's decision."""
+    row_steps: tuple[int, int]
+    """Row-steps that were computed without and with gradient."""
 
 
 class Level(nn.Module):
@@ -103,7 +105,8 @@ class HRMCore(nn.Module):
             forced: per row, the exact number of steps, or 0 to let the head decide.
             max_steps: S, the most steps of a row that decides; with 1 nothing is decided.
             halt_bias: added to q_halt.
-            gradient: "replay" or "published".
+            gradient: "replay" or "published". In both a row that is done is frozen; the published code as a whole,
+                which goes on updating it, is bench/published.py.
         """
         may_halt = [n == 0 and max_steps > 1 for n in forced]
         loop = _Loop(self, x, rotary, lengths, halt_bias, may_halt, max_steps)
@@ -148,6 +151,7 @@ class _Loop:
         self.exploration = 0.0
         self.z_H, self.z_L = core.initial_state(x)
         self.q = torch.zeros(len(x), 2, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.row_steps = [0, 0]
         self.executed = [0] * len(x)
         self.halted = [False] * len(x)
 
@@ -158,7 +162,7 @@ class _Loop:
         x, lengths, z_H, z_L = _pick(live, self.x, self.lengths, self.z_H, self.z_L)
         while live:
             before = z_H, z_L
-            z_H, z_L = self.core.step(x, z_H, z_L, self.rotary, lengths)
+            z_H, z_L = self._step(x, z_H, z_L, lengths)
             for row in live:
                 self.executed[row] += 1
             self._decide(live, z_H, lengths)
@@ -182,13 +186,17 @@ class _Loop:
             mask = torch.tensor(from_init, device=x.device)[:, None, None]
             init_H, init_L = self.core.initial_state(x)
             z_H, z_L = torch.where(mask, init_H, z_H), torch.where(mask, init_L, z_L)
-        z_H, z_L = self.core.step(x, z_H, z_L, self.rotary, lengths)
+        z_H, z_L = self._step(x, z_H, z_L, lengths)
         self._keep(rows, z_H, z_L)
         undecided = [i for i, row in enumerate(rows) if not self.halted[row]]
         for i in undecided:
             self.executed[rows[i]] = depth[rows[i]]
         with torch.no_grad():
             self._decide([rows[i] for i in undecided], *_pick(undecided, z_H, lengths))
+
+    def _step(self, x: Tensor, z_H: Tensor, z_L: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.row_steps[torch.is_grad_enabled()] += len(x)
+        return self.core.step(x, z_H, z_L, self.rotary, lengths)
 
     def _decide(self, rows: list[int], z_H: Tensor, lengths: Tensor | None) -> None:
         if not rows:
@@ -215,7 +223,7 @@ class _Loop:
         device = self.x.device
         executed = torch.tensor(self.executed, dtype=torch.int64, device=device)
         halted = torch.tensor(self.halted, dtype=torch.bool, device=device)
-        return CoreOutput(self.z_H, self.q, executed, halted)
+        return CoreOutput(self.z_H, self.q, executed, halted, tuple(self.row_steps))
 
 
 def _pick(index: list[int], *tensors: Tensor | None) -> list[Tensor | None]:

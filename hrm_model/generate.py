@@ -26,7 +26,7 @@ def generate(
     seed: int = 0,
     lengths: Sequence[int] | Tensor | None = None,
     max_steps: int | None = None,
-    force_steps: int | None = None,
+    force_steps: int | Sequence[int] | None = None,
     halt_bias: float | None = None,
     stop_token: int | None = END_OF_TEXT,
 ) -> Tensor:
@@ -43,7 +43,7 @@ def generate(
         repetition_penalty: at least 1; logits of tokens already in the row are lowered by it (Keskar et al., "CTRL",
             2019, section 4.1: positive logits are divided, negative ones multiplied).
         lengths: [B] prompt tokens per row, default T.
-        max_steps, force_steps, halt_bias: as in HRMForCausalLM.forward.
+        max_steps, force_steps (one number or a list, one a row), halt_bias: as in HRMForCausalLM.forward.
         stop_token: a row that draws it is finished; None never stops.
 
     Returns:
@@ -52,10 +52,12 @@ def generate(
     Raises:
         ValueError: an option out of range, named with its limit.
     """
+    if ids_BT.dim() != 2 or 0 in ids_BT.shape or ids_BT.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids must be [B, T] int64 with at least one token; got {tuple(ids_BT.shape)} {ids_BT.dtype}")
     _check(model, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     n_prompt = ids_BT.shape[1]
     rows = [row[:n].tolist() for row, n in zip(ids_BT, _as_list(lengths, ids_BT), strict=True)]
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + r) for r in range(len(rows))]
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + r) % 2**63) for r in range(len(rows))]
     open_rows = list(range(len(rows)))
     block_size, device = model.config.block_size, model.device
     was_training = model.training
@@ -70,7 +72,7 @@ def generate(
                 batch,
                 lengths=sizes if len(set(sizes)) > 1 else None,
                 max_steps=max_steps,
-                force_steps=force_steps,
+                force_steps=[force_steps[r] for r in open_rows] if isinstance(force_steps, Sequence) else force_steps,
                 halt_bias=halt_bias,
                 return_logits=True,
             )
@@ -111,8 +113,8 @@ def _draw(logits, seen, generator, temperature, top_k, top_p, repetition_penalty
 def _as_list(lengths, ids_BT: Tensor) -> list[int]:
     if lengths is None:
         return [ids_BT.shape[1]] * ids_BT.shape[0]
-    lengths = [int(n) for n in lengths]
-    if len(lengths) != ids_BT.shape[0] or not all(1 <= n <= ids_BT.shape[1] for n in lengths):
+    lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if len(lengths) != ids_BT.shape[0] or not all(n in range(1, ids_BT.shape[1] + 1) for n in lengths):
         raise ValueError(f"lengths {lengths} must be {ids_BT.shape[0]} numbers in 1..{ids_BT.shape[1]}")
     return lengths
 

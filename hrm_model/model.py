@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ class HRMOutput:
     """[B] int64, HRM steps that were run for the row."""
     q_logits: Tensor
     """[B, 2] float32, [halt, continue] after the row's last step."""
+    row_steps: tuple[int, int]
+    """Row-steps that were computed without and with gradient (a training pass looks at some twice)."""
 
 
 class HRMForCausalLM(nn.Module):
@@ -118,6 +121,8 @@ class HRMForCausalLM(nn.Module):
             raise ValueError(f"gradient {gradient!r} is none of {', '.join(GRADIENTS)}")
         if halt_bias is None:
             halt_bias = 0.0 if self.training else self.config.halt_bias
+        if math.isnan(halt_bias):
+            raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
 
         rotary = self.rotary(ids_BT.shape[1])
         x_BTC = self.embed(ids_BT)
@@ -135,7 +140,7 @@ class HRMForCausalLM(nn.Module):
             if gradient == "published" and self.training:
                 loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
         logits = self.lm_head(h_BTC) if targets is None or return_logits else None
-        return HRMOutput(logits, loss, steps_taken, core.executed_steps, core.q_logits)
+        return HRMOutput(logits, loss, steps_taken, core.executed_steps, core.q_logits, core.row_steps)
 
     def rotary(self, n_positions: int) -> Tensor | None:
         """The rotary table of positions 0..n-1, float32 [n, D/2, 2]; None with learned positions."""
@@ -195,6 +200,8 @@ class HRMForCausalLM(nn.Module):
         if targets is not None:
             if targets.shape != ids_BT.shape:
                 raise ValueError(f"targets have shape {tuple(targets.shape)}, ids {tuple(ids_BT.shape)}")
+            if targets.dtype != torch.int64:
+                raise ValueError(f"targets must be int64; got {targets.dtype}")
             if targets.device.type == "cpu" and (targets.min() < IGNORE or targets.max() >= c.vocab_size):
                 bad = targets.min().item() if targets.min() < IGNORE else targets.max().item()
                 raise ValueError(f"target {bad} is outside 0..{c.vocab_size - 1}; use {IGNORE} for 'no target'")
@@ -214,12 +221,14 @@ def _checked_depths(force_steps, max_steps: int, n_rows: int) -> list[int]:
         raise ValueError(f"max_steps {max_steps!r} must be an integer of at least 1")
     if force_steps is None:
         return [0] * n_rows
-    least = 0
     if isinstance(force_steps, Tensor):
         force_steps = force_steps.tolist()
-    if isinstance(force_steps, int):
-        force_steps, least = [force_steps] * n_rows, 1
-    depths = [int(n) for n in force_steps]
+    one_for_all = not isinstance(force_steps, Iterable)
+    least = 1 if one_for_all else 0
+    try:
+        depths = [operator.index(n) for n in ([force_steps] * n_rows if one_for_all else force_steps)]
+    except TypeError as error:
+        raise ValueError(f"force_steps {force_steps!r} must be an integer, or one for each row") from error
     if len(depths) != n_rows:
         raise ValueError(f"force_steps has {len(depths)} entries for {n_rows} rows; give one each, or one number")
     wrong = [n for n in depths if not least <= n <= max_steps]

@@ -172,6 +172,8 @@ def _weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     for key, value in weights.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: weight {key!r} is of type {_type_name(value)}, not a tensor")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: weight {key!r} is {value.dtype}, {value.layout}, not dense floating point")
         name = _strip(str(key))
         if name in result:
             raise CheckpointError(f"{path}: {name} is there twice, with and without {' or '.join(_PREFIXES)}")

@@ -79,6 +79,23 @@ def test_a_stop_token_ends_its_row_only(model):
     assert out[1] == free[1]
 
 
+def test_each_row_keeps_its_own_forced_depth_when_another_ends(model):
+    prompts = ids([1, 2], [3, 4], [5, 6])
+    free = model.generate(prompts, 8, temperature=1.5, seed=1, force_steps=[1, 2, 3], stop_token=None).tolist()
+    stop = free[0][2]
+    out = model.generate(prompts, 8, temperature=1.5, seed=1, force_steps=[1, 2, 3], stop_token=stop).tolist()
+    assert out[0][:3] == free[0][:3]
+    for row in (1, 2):
+        end = free[row].index(stop, 2) + 1 if stop in free[row][2:] else None
+        assert out[row][:end] == free[row][:end]
+
+
+@pytest.mark.parametrize("prompt", [torch.zeros(1, 0, dtype=torch.int64), torch.zeros(3), torch.zeros(0, 2)])
+def test_a_prompt_without_tokens_is_named(model, prompt):
+    with pytest.raises(ValueError, match=r"ids must be \[B, T\] int64 with at least one token"):
+        model.generate(prompt, 1)
+
+
 def test_ids_that_no_text_has_are_never_drawn():
     torch.manual_seed(0)
     model = HRMForCausalLM(HRMConfig(**{**SHAPE, "vocab_size": 50304}))

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hrm_model import load_model
+from hrm_model import HRMConfig, HRMForCausalLM, load_model, save_model
 from hrm_model.checkpoint import verify_checkpoint
-from train.pretrain import main
+from train.pretrain import build, main, parse
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train" / "pretrain.py"
@@ -108,22 +109,38 @@ def test_depth_of_a_row_depends_on_its_sample_number_only(flags, tmp_path):
     assert a == b and len({json.dumps(d) for d in a}) > 1
 
 
-@pytest.mark.parametrize(("depth", "expected"), [("fixed:2", {"2"}), ("head", {"1", "2", "3"})])
-def test_depth_can_be_fixed_or_left_to_the_head(flags, tmp_path, depth, expected):
-    assert main([*flags, "--depth", depth]) == 0
-    assert set().union(*(r["depths"] for r in records(tmp_path / "run", "train"))) <= expected
+def test_a_fixed_depth_is_every_rows_depth(flags, tmp_path):
+    assert main([*flags, "--depth", "fixed:2"]) == 0
+    assert set().union(*(r["depths"] for r in records(tmp_path / "run", "train"))) == {"2"}
     last = records(tmp_path / "run", "eval")[-1]
-    if depth == "fixed:2":
-        assert last["val_loss"] == last["loss_by_depth"]["2"]
+    assert last["val_loss"] == last["loss_by_depth"]["2"]
 
 
-def test_published_gradient_trains(flags, tmp_path):
-    assert main([*flags, "--depth", "head", "--gradient", "published"]) == 0
-    assert all(np.isfinite(r["loss"]) for r in records(tmp_path / "run", "train"))
+@pytest.mark.parametrize(("q", "depth"), [((5.0, -5.0), "1"), ((-5.0, 5.0), "3")])
+def test_the_head_can_set_the_depth_in_training_and_evaluation(flags, small_model, tmp_path, q, depth):
+    model = HRMForCausalLM(HRMConfig.from_dict(json.loads(small_model.read_text())))
+    with torch.no_grad():
+        model.hrm_core.q_head.weight.zero_()
+        model.hrm_core.q_head.bias.copy_(torch.tensor(q))
+    save_model(model, tmp_path / "decided")
+    del flags[flags.index("--config") : flags.index("--config") + 2]
+    assert main([*flags, "--init-from", str(tmp_path / "decided"), "--depth", "head"]) == 0
+    for kind in ("train", "eval"):
+        assert all(set(r["depths"]) == {depth} for r in records(tmp_path / "run", kind))
+
+
+def test_published_gradient_is_the_replayed_one_where_all_rows_run_all_steps(flags, tmp_path):
+    flags[flags.index("--dropout") + 1] = "0"
+    for gradient in ("replay", "published"):
+        run = ["--gradient", gradient, "--depth", "fixed:3", "--out", str(tmp_path / gradient)]
+        assert main([*flags, *run]) == 0
+    replay, published = ([r["loss"] for r in records(tmp_path / g, "train")] for g in ("replay", "published"))
+    assert np.allclose(np.array(published) - 0.01 * 3, replay, atol=1e-5), "the published step penalty is a constant"
 
 
 def test_init_from_starts_a_new_run_from_weights(flags, tmp_path):
     assert main(flags) == 0
+    del flags[flags.index("--config") : flags.index("--config") + 2]
     second = [*flags, "--out", str(tmp_path / "second"), "--init-from", str(tmp_path / "run"), "--lr", "0", "--min-lr"]
     assert main([*second, "0"]) == 0
     assert torch.equal(weights(tmp_path / "second", 8)["wte.weight"], weights(tmp_path / "run", 8)["wte.weight"])
@@ -139,6 +156,15 @@ def test_a_tracker_that_fails_warns_and_is_left_out(flags, tmp_path, monkeypatch
 def test_fused_on_a_machine_without_a_gpu_says_so_and_trains(flags, tmp_path, capsys):
     assert main([*flags, "--fused"]) == 0
     assert "Triton kernels need a CUDA device and this is cpu; the reference trains" in capsys.readouterr().out
+
+
+def test_a_kernel_asked_for_by_the_environment_is_never_replaced_silently(flags):
+    process = start(*flags, env=os.environ | {"HRM_KERNELS": "triton"})
+    printed = process.communicate()[0]
+    assert process.returncode == 1 and "error: HRM_KERNELS=triton: no kernel can run" in printed
+    process = start(*flags, env=os.environ | {"HRM_KERNELS": "fast"})
+    printed = process.communicate()[0]
+    assert process.returncode == 1 and "error: the environment variable HRM_KERNELS is 'fast'" in printed
 
 
 def test_fused_require_without_a_gpu_is_an_error(flags, capsys):
@@ -221,19 +247,85 @@ def test_twenty_kills_change_nothing(flags, tmp_path):
 
 
 def test_a_second_signal_leaves_at_once_and_harms_nothing(flags, tmp_path):
-    flags[flags.index("--steps") + 1] = "100000"
-    process = start(*flags, "--save-every", "1", stdin=subprocess.DEVNULL)
-    signals = 0
+    """A step of 100,000 micro-batches takes minutes: only leaving at once ends it here."""
+    process = start(*flags, "--accumulation", "100000")
     for line in process.stdout:
-        if line.split()[:2] == ["step", "20/100000"]:
-            os.kill(process.pid, 2)
-            os.kill(process.pid, 15)
-            signals += 1
-    assert signals == 1
-    # the second one may find the run already leaving: both ends are clean
-    assert process.wait() in (75, 128 + 15, 128 + 2)
+        if line.startswith("kernels"):
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+        if line.startswith("stopping after this step"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    flags[flags.index("--accumulation") + 1] = "2"
+    assert main([*flags, "--resume", "auto"]) == 0
+
+
+def test_ctrl_c_before_training_is_one_line(flags, tmp_path):
+    """The model's shape comes from a pipe that never says anything, so that the run is surely still being set up."""
+    os.mkfifo(tmp_path / "pipe")
+    process = start(*flags, "--config", str(tmp_path / "pipe"))
+    with (tmp_path / "pipe").open("w"):
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate()[0]
+    assert process.returncode == 130 and printed.strip() == "stopped before training began; nothing was lost"
+
+
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(flags, tmp_path):
+    """A run that was stopped after its last step, before its evaluation, is not finished."""
+    training = build(vars(parse(flags)))
+    train_step = training.train_step
+
+    def stop_in_the_last():
+        if training.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step()
+
+    training.train_step = stop_in_the_last
+    assert training() == 75
+    assert [r["step"] for r in records(tmp_path / "run", "eval")] == [4]
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert [r["step"] for r in records(tmp_path / "run", "eval")] == [4, 8]
+
+
+def test_a_checkpoint_has_the_validation_loss_of_its_own_weights_only(flags, tmp_path):
+    assert main([*flags, "--eval-every", "3", "--save-every", "2", "--keep-last", "9"]) == 0
+    evals = {r["step"]: r["val_loss"] for r in records(tmp_path / "run", "eval")}
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        verify_checkpoint(checkpoint)
+        state = json.loads((checkpoint / "state.json").read_text())
+        assert state["val_loss"] == evals.get(state["step"])
+
+
+def test_a_resumed_run_keeps_its_origin_and_needs_not_what_it_began_from(flags, tmp_path):
+    assert main([*flags, "--out", str(tmp_path / "source")]) == 0
+    del flags[flags.index("--config") : flags.index("--config") + 2]
+    flags += ["--init-from", str(tmp_path / "source")]
+    training = build(vars(parse(flags)))
+    train_step = training.train_step
+
+    def stop_after_four():
+        if training.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step()
+
+    training.train_step = stop_after_four
+    assert training() == 75
+    origin = json.loads((tmp_path / "run" / "run.json").read_text())
+    shutil.rmtree(tmp_path / "source")
+    assert main([*flags, "--resume", "auto"]) == 0
+    after = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [entry["step"] for entry in after.pop("resumed")] == [4]
+    assert after == {key: value for key, value in origin.items() if key != "resumed"}
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_not_silently_begun_anew(flags, tmp_path, capsys):
+    assert main(flags) == 0
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.warns(UserWarning, match="skipped broken checkpoint"):
+        assert main([*flags, "--resume", "auto"]) == 1
+    assert "no checkpoint in" in capsys.readouterr().err
+    assert len(records(tmp_path / "run", "train")) == 8
 
 
 def test_a_finished_run_has_nothing_to_resume(flags, capsys):
@@ -275,6 +367,7 @@ def test_an_occupied_directory_is_never_written_to(flags, tmp_path, capsys):
     for extra in ([], ["--overwrite"], ["--resume", "auto"]):
         assert main([*flags, "--out", str(tmp_path / "mine"), *extra]) == 1
         assert "holds files that are no training run" in capsys.readouterr().err
+        (tmp_path / "mine" / "run.json").write_text("{}")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
     assert main([*flags, "--out", str(tmp_path / "mine" / "thesis.txt")]) == 1
@@ -286,8 +379,8 @@ def test_an_occupied_directory_is_never_written_to(flags, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, capsys):
     flags[flags.index("--lr") + 1] = "1e30"
     assert main([*flags, "--save-every", "1"]) == 76
-    printed = capsys.readouterr().out
-    assert "error: step 2" in printed and "is not finite, in samples 8..15" in printed
+    printed = capsys.readouterr().err
+    assert "error: step 2" in printed and "is not finite, in samples 8..11, 12..15" in printed
     assert "step-00000001" in printed and "no parameter was changed" in printed
     after = weights(tmp_path / "run", 1)
     assert all(torch.isfinite(t).all() for t in after.values())
@@ -322,8 +415,11 @@ def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(f
         (["--device", "cuda:7"], "--device 'cuda:7' is not to be had here"),
         (["--data", "nowhere"], "nowhere"),
         (["--data-weights", "1", "2"], "2 weights"),
-        (["--init-from", "nowhere"], "nowhere does not exist"),
+        (["--init-from", "nowhere"], "--config and --init-from each say"),
         (["--config", "nowhere.json"], "nowhere.json"),
+        (["--overwrite", "--resume", "auto"], "contradict each other"),
+        (["--seed", str(2**70)], "is not below 2"),
+        (["--device", "meta"], "'meta' is not to be had here"),
         (["--track", "paper"], "--track 'paper' is none of tensorboard, wandb"),
         (["--dropout", "1"], "--dropout 1.0 is outside"),
     ],

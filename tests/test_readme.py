@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.hrm_step import main as hrm_step_main
 from hrm_model.training.flags import field_docs
 from hrm_model.training.recipes import TrainConfig
 from train.prepare import main as prepare_main
@@ -31,6 +32,11 @@ def test_every_file_it_names_exists():
     assert len(names) > 30 and not missing, missing
 
 
+def test_no_figure_is_missing():
+    assert not re.search(r"@[A-Z]+@|TBD|XXX", README)
+    assert list((ROOT / "bench" / "results").glob("*.jsonl"))
+
+
 def test_every_module_of_the_packages_is_in_its_map():
     listed = README[README.index("## Map") :]
     modules = [p for package in ("hrm_kernels", "hrm_model") for p in (ROOT / package).rglob("*.py")]
@@ -41,6 +47,8 @@ def test_every_module_of_the_packages_is_in_its_map():
 def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         prepare_main(["--help"])
+    with pytest.raises(SystemExit):
+        hrm_step_main(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     known |= {"--" + name.replace("_", "-") for name in field_docs(TrainConfig)} | {"--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))

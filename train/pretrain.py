@@ -11,11 +11,14 @@ named on the last line, 2 an unknown flag.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+if TYPE_CHECKING:
+    from hrm_model.training.loop import Pretraining
 
 DEFAULT_DATA = "data/stdlib"
 
@@ -31,32 +34,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    given = vars(parse(argv))
+def build(given: dict[str, Any]) -> Pretraining:
+    """The run that the flags ask for, its default data prepared if none is named.
+
+    Raises:
+        ValueError, OSError: something about the options, the data or the directory is wrong.
+    """
     import torch
 
-    from hrm_model.checkpoint import CheckpointError
+    from hrm_model.atomic import read_json
     from hrm_model.training.loop import Pretraining
     from hrm_model.training.prepare import ensure_default_dataset
     from hrm_model.training.recipes import TrainConfig
 
+    recipe = given.pop("recipe", None) or ("base" if torch.cuda.is_available() else "tiny")
+    options = TrainConfig.of_recipe(recipe, **given)
+    shape = read_json(Path(options.config)) if options.config else None
+    if not options.data:
+        ensure_default_dataset(DEFAULT_DATA)
+        options.data = [DEFAULT_DATA]
+    return Pretraining(options, shape)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
     try:
-        recipe = given.pop("recipe", None) or ("base" if torch.cuda.is_available() else "tiny")
-        run = TrainConfig.of_recipe(recipe, **given)
-        shape = json.loads(Path(run.config).read_text(encoding="utf-8")) if run.config else None
-        if not run.data:
-            ensure_default_dataset(DEFAULT_DATA)
-            run.data = [DEFAULT_DATA]
-        training = Pretraining(run, shape)
+        training = build(vars(parse(argv)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("\nstopped before training began; nothing was lost", file=sys.stderr)
+        return 130
+    from hrm_model.checkpoint import CheckpointError
+
     try:
         return training()
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (CheckpointError, OSError) as error:  # any other exception is a fault of ours and keeps its traceback
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

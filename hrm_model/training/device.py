@@ -23,6 +23,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda, mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -46,14 +48,20 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def choose_kernels(fused: str, device: torch.device) -> str:
     """Set the backend for --fused off | auto | require; returns the line that tells the user what runs.
 
+    Without --fused ("off") the environment variable HRM_KERNELS counts, its "triton" like require.
+
     Raises:
         ValueError: require, and an op has no kernel that can run here; names the op and the reason.
     """
+    asked = "--fused=require"
+    if fused == "off" and "HRM_KERNELS" in os.environ:
+        fused = {"auto": "auto", "reference": "off", "triton": "require"}[hrm_kernels.current_backend()]
+        asked = "HRM_KERNELS=triton"
     missing = {op: why for op in hrm_kernels.describe(device) if (why := hrm_kernels.why_no_kernel(op, device))}
     if fused == "require":
         if missing:
             op, why = next(iter(missing.items()))
-            raise ValueError(f"--fused=require: no kernel can run for {op}: {why}; use --fused for what there is")
+            raise ValueError(f"{asked}: no kernel can run for {op}: {why}; use --fused for what there is")
         hrm_kernels.use_backend("triton")
     else:
         hrm_kernels.use_backend("reference" if fused == "off" else "auto")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..config import HRMConfig
 
-# Dense bfloat16 peak in TFLOP/s by a part of the device's name, from the makers' data sheets; the first match counts.
+# Dense bfloat16 peak in TFLOP/s by words of the device's name, from the makers' data sheets; the first match counts.
 # A device that is not here has no MFU: a made-up peak would be worse than none.
 _PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
+    "L40": 181,
     "RTX 4090": 165,
     "L4": 121,
     "A10": 125,
@@ -30,22 +34,27 @@ def block_flops(config: HRMConfig, n_tokens: int) -> float:
     return 2.0 * (projections + mlp) + 2.0 * n_tokens * c.n_embd
 
 
-def training_flops(config: HRMConfig, n_tokens: int, executed: torch.Tensor, steps_taken: torch.Tensor) -> float:
-    """FLOPs of forward and backward for rows of `n_tokens` tokens, with the replayed gradient.
+def training_flops(config: HRMConfig, n_tokens: int, n_rows: int, row_steps: tuple[int, int]) -> float:
+    """FLOPs of forward and backward for `n_rows` rows of `n_tokens` tokens, for the steps that really ran.
 
-    A row of n executed steps runs n - 1 of them without gradient (n if it halted by decision, which takes a look at the
-    last one) and one with (1 forward + 2 backward). Recomputation inside ops is not counted.
+    row_steps counts HRM steps of rows without gradient (1 forward) and with (1 forward + 2 backward). Everything
+    outside the core has a gradient. Recomputation inside ops is not counted.
     """
     block = block_flops(config, n_tokens)
     step = block * config.blocks_per_step
     outside = block * (config.n_input_layers + config.n_output_layers) + 2.0 * config.n_embd * config.vocab_size
-    looped = (2 * executed - steps_taken - 1).sum().item()
-    return n_tokens * (3.0 * len(executed) * (outside + step) + looped * step)
+    looped, replayed = row_steps
+    return n_tokens * (3.0 * n_rows * outside + (looped + 3.0 * replayed) * step)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak in FLOP/s at bfloat16, or None where it is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(device_name: str) -> float | None:
+    """Dense bfloat16 peak in FLOP/s of a device by its name; None if its name is not in the table as whole words."""
+    matches = (tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name))
+    return next(matches, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 import time
 import warnings
 from collections import Counter
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..atomic import read_json
 from ..checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
 from ..config import HRMConfig
 from ..generate import generate
@@ -27,14 +28,18 @@ from .interrupt import Interrupt
 from .metrics import MetricsLog, Trackers
 from .ngram import ngram_losses
 from .optim import build_optimizer, clip_gradients, learning_rate
-from .provenance import write_provenance
+from .provenance import RUN_FILE, add_resume, write_provenance
 from .recipes import TrainConfig
+from .rundir import find_checkpoint, make_directory
 from .sampler import Sampler, keyed_integers, validation_windows
 from .shards import open_dataset
 from .validation import Validation, reported_depths
 
 DEPTH_STREAM = 3
 """Stream of the keyed random numbers that depths are drawn from; 1 is the sampler's windows, 2 the val split."""
+
+VERIFIED_TOKENS = 500_000_000
+"""Up to this many training tokens the shards' sha256 are checked at the start, a second or two; beyond, their sizes."""
 
 EXIT_INTERRUPTED = 75
 """Exit status of a run that saved and left on Ctrl-C or SIGTERM (sysexits' EX_TEMPFAIL: try again)."""
@@ -44,6 +49,10 @@ EXIT_NOT_FINITE = 76
 
 class NotFiniteError(RuntimeError):
     """The loss or the gradient of a step is not finite; parameters are those before the step."""
+
+
+class DataError(RuntimeError):
+    """The samples of a step cannot be read; parameters are those before the step."""
 
 
 @dataclass
@@ -74,19 +83,19 @@ class Pretraining:
         self.kernels = choose_kernels(run.fused, self.device)
         if run.deterministic:
             make_deterministic()
+        self.checkpoint = find_checkpoint(self.out, run.resume, run.overwrite)
         torch.manual_seed(run.seed)
         self.model = self._build_model(shape)
         self._open_data()
-        checkpoint = self._claim_directory()
         self.optimizer = build_optimizer(self.model, run)
         self.step = self.saved_step = 0
         self.val_loss: float | None = None
-        if checkpoint is not None:
-            self._resume(checkpoint)
+        if self.checkpoint is None:
+            make_directory(self.out, run.overwrite)
+        else:
+            self._resume(self.checkpoint)
         if run.compile:
             compile_blocks(self.model)
-        write_provenance(self.out, asdict(run), self.config.to_dict(), self._data_summary())
-        self.metrics = MetricsLog(self.out / "metrics.jsonl", self.step)
 
     @property
     def config(self) -> HRMConfig:
@@ -94,7 +103,9 @@ class Pretraining:
         return self.model.config
 
     def _build_model(self, shape: dict[str, Any] | None) -> HRMForCausalLM:
-        if not self.run.init_from:
+        if self.run.init_from and self.checkpoint is not None:  # a resumed run no longer needs what it began from
+            shape = read_json(self.checkpoint / "config.json")
+        if not self.run.init_from or self.checkpoint is not None:
             return HRMForCausalLM(self.run.model_config(shape)).to(self.device)
         loaded, config = load_model(self.run.init_from)
         model = HRMForCausalLM(self.run.model_config(config.to_dict()))
@@ -106,6 +117,8 @@ class Pretraining:
         if run.fixed_depth > config.hrm_max_steps:
             raise ValueError(f"--depth {run.depth} is over hrm_max_steps {config.hrm_max_steps} of the model")
         self.datasets = [open_dataset(path) for path in run.data]
+        if sum(len(d.split("train")) for d in self.datasets) <= VERIFIED_TOKENS:
+            self.datasets = [open_dataset(path, verify=True) for path in run.data]
         self.sampler = Sampler(
             self.datasets,
             config.block_size,
@@ -121,24 +134,6 @@ class Pretraining:
     def _data_summary(self) -> list[dict[str, Any]]:
         keys = ("source", "fingerprint", "tokenizer")
         return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.datasets]
-
-    def _claim_directory(self) -> Path | None:
-        """Make the run's directory, or find what to resume in it."""
-        run, out = self.run, self.out
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file; choose a directory")
-        occupied = out.is_dir() and any(out.iterdir())
-        if occupied and not (out / "run.json").exists():
-            raise ValueError(f"--out {out} holds files that are no training run; choose another directory")
-        if occupied and run.overwrite:
-            shutil.rmtree(out)
-        elif occupied and run.resume == "never":
-            raise ValueError(
-                f"--out {out} holds a run already; continue it with --resume auto, "
-                f"start anew with --overwrite, or choose another --out"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        return latest_checkpoint(out) if run.resume == "auto" else None
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path, self.model, self.optimizer)
@@ -167,18 +162,22 @@ class Pretraining:
         """One optimizer step on the samples of step number `self.step`.
 
         Raises:
-            NotFiniteError: before anything was changed.
+            NotFiniteError, DataError: before any parameter was changed.
         """
         run, model = self.run, self.model
+        self.val_loss = None  # it belonged to the weights before this step
         lr = learning_rate(self.step, run)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses, numbers, counts = [], [], []
+        losses, numbers, executed, flops = [], [], [], 0.0
         for micro in range(run.accumulation):
             first = (self.step * run.accumulation + micro) * run.batch_size
-            inputs, targets, samples = self.sampler.batch(first, run.batch_size)
+            try:
+                inputs, targets, samples = self.sampler.batch(first, run.batch_size)
+            except (ValueError, OSError) as error:
+                raise DataError(f"step {self.step + 1}: {error}") from error
             with autocast(self.device, self.dtype):
                 out = model(
                     torch.from_numpy(inputs).to(self.device),
@@ -189,12 +188,12 @@ class Pretraining:
             (out.loss / run.accumulation).backward()
             losses.append(out.loss.detach())
             numbers.append(samples)
-            counts.append((out.executed_steps, out.steps_taken))
+            executed.append(out.executed_steps)
+            flops += training_flops(self.config, inputs.shape[1], len(inputs), out.row_steps)
         norm = clip_gradients(model, run.grad_clip)
         per_micro = torch.stack([*losses, norm]).tolist()  # the host waits for the device only here
         self._require_finite(per_micro[:-1], per_micro[-1], numbers)
-        depths = Counter(n for executed, _ in counts for n in executed.tolist())
-        flops = sum(training_flops(self.config, inputs.shape[1], *pair) for pair in counts)
+        depths = Counter(torch.cat(executed).tolist())
         self.optimizer.step()
         self.step += 1
         return StepResult(sum(per_micro[:-1]) / run.accumulation, per_micro[-1], lr, depths, flops)
@@ -211,12 +210,10 @@ class Pretraining:
         if np.isfinite([*losses, norm]).all():
             return
         bad = [n for loss, n in zip(losses, numbers, strict=True) if not np.isfinite(loss)] or numbers
-        what = f"loss {losses}" if not np.isfinite(losses).all() else f"gradient norm {norm}"
-        kept = latest_checkpoint(self.out)
+        what = "the loss" if not np.isfinite(losses).all() else f"the gradient norm ({norm})"
+        samples = ", ".join(f"{n[0]}..{n[-1]}" for n in bad)
         raise NotFiniteError(
-            f"step {self.step + 1}: {what} is not finite, in samples {bad[0][0]}..{bad[-1][-1]}; "
-            f"no parameter was changed. Last good checkpoint: {kept or 'none yet'}. "
-            f"Lower --lr or --grad-clip, or look at those samples, then --resume auto."
+            f"step {self.step + 1}: {what} is not finite, in samples {samples}; no parameter was changed"
         )
 
     # -- the whole run -------------------------------------------------------------------------------------------
@@ -225,51 +222,79 @@ class Pretraining:
         """Train to the end, an interrupt or a loss that is not finite; returns the process's exit status."""
         run = self.run
         self._print_header()
-        if self.step >= run.steps:
+        if not (self.out / RUN_FILE).exists() or self.checkpoint is None:
+            write_provenance(self.out, asdict(run), self.config.to_dict(), self._data_summary())
+        self.metrics = MetricsLog(self.out / "metrics.jsonl", self.step)
+        if self.step >= run.steps and self._is_evaluated():
+            self.metrics.close()
             print(f"the run has finished: step {self.step} of {run.steps}; nothing to do", flush=True)
             return 0
+        if self.checkpoint is not None:
+            add_resume(self.out, self.step)
         self.trackers = Trackers(run.track, self.out, asdict(run))
-        self.clock = _Clock(self.step)
-        recent: list[StepResult] = []
         try:
             with Interrupt() as stop:
-                while self.step < run.steps and not stop:
-                    result = self.train_step()
-                    recent.append(result)
-                    self.clock.add(run.batch_size * run.accumulation * self.config.block_size, result.flops)
-                    last = self.step == run.steps
-                    if self.step % run.log_every == 0 or last:
-                        self._log(recent)
-                        recent.clear()
-                    with self.clock.paused():
-                        if (self.step % run.eval_every == 0 or last) and not stop:
-                            self._evaluate(stop)
-                        if self.step % run.save_every == 0 or last:
-                            self._save()
-                if self.step != self.saved_step:
-                    self._save()
+                try:
+                    self._train(stop)
+                finally:
+                    # whatever ended the loop, the steps that were taken are not lost
+                    if self.step != self.saved_step:
+                        self._save()
         except NotFiniteError as error:
-            print(f"error: {error}", flush=True)
+            kept = latest_checkpoint(self.out)
+            anew = f"from it: --init-from {kept} --out ANOTHER" if kept else "with --overwrite"
+            print(
+                f"error: {error}. Last good checkpoint: {kept or 'none'}. Look at those samples, or start anew with a "
+                f"lower --lr or --grad-clip, {anew}",
+                file=sys.stderr,
+                flush=True,
+            )
             return EXIT_NOT_FINITE
+        except DataError as error:
+            print(f"error: {error}; saved at step {self.step}", file=sys.stderr, flush=True)
+            return 1
         finally:
             self.trackers.close()
             self.metrics.close()
-        if self.step < run.steps:
-            print(
-                f"stopped and saved at step {self.step} of {run.steps}; continue with --resume auto",
-                flush=True,
-            )
+        if not self._is_evaluated():
+            saved = f"saved at step {self.step} of {run.steps}" if self.step else "before the first step"
+            print(f"stopped, {saved}; continue with --resume auto", flush=True)
             return EXIT_INTERRUPTED
         self._print_summary()
         return 0
 
-    def _log(self, recent: list[StepResult]) -> None:
+    def _train(self, stop: Interrupt) -> None:
+        run = self.run
+        clock = _Clock(self.step)
+        recent: list[StepResult] = []
+        while self.step < run.steps and not stop:
+            result = self.train_step()
+            recent.append(result)
+            clock.add(run.batch_size * run.accumulation * self.config.block_size, result.flops)
+            last = self.step == run.steps
+            if self.step % run.log_every == 0 or last:
+                self._log(recent, clock)
+                recent.clear()
+            with clock.paused():
+                if self.step % run.eval_every == 0 and not last and not stop:
+                    self._evaluate(stop)
+                if self.step % run.save_every == 0 and not last:
+                    self._save()
+        if self.step == run.steps and not stop:
+            self._evaluate(stop)
+            self._save()
+
+    def _is_evaluated(self) -> bool:
+        """Whether the last step's weights have been evaluated, which is the end of a run."""
+        return any(r["kind"] == "eval" and r["step"] == self.run.steps for r in self.metrics.records)
+
+    def _log(self, recent: list[StepResult], clock: _Clock) -> None:
         """One line for the steps since the last one: mean loss, all their depths; rate and norm of the newest."""
         run, newest = self.run, recent[-1]
         loss = sum(r.loss for r in recent) / len(recent)
         depths = sum((r.depths for r in recent), Counter())
         mean_steps = sum(d * n for d, n in depths.items()) / depths.total()
-        tokens_per_s, flops_per_s = self.clock.rates()
+        tokens_per_s, flops_per_s = clock.rates()
         peak = peak_flops(self.device, self.dtype)
         mfu = flops_per_s / peak if peak else None
         record = {
@@ -289,7 +314,7 @@ class Pretraining:
             f"step {self.step:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}  lr {newest.lr:.2e}  "
             f"grad norm {newest.grad_norm:.3f}  steps {mean_steps:.2f}  {tokens_per_s:,.0f} tok/s  "
             + (f"MFU {mfu:.1%}  " if mfu else "")
-            + f"left {_duration(self.clock.remaining(self.step, run.steps))}",
+            + f"left {_duration(clock.remaining(self.step, run.steps))}",
             flush=True,
         )
 
@@ -362,13 +387,13 @@ class Pretraining:
             self.out, self.step, self.model, self.optimizer, state, keep_last=self.run.keep_last
         )
         self.saved_step = self.step
-        self.val_loss = None  # it belongs to this step's weights only
 
     def _draw(self) -> None:
         try:
             draw_dashboard(self.metrics.records, self.out / "dashboard.png", f"{self.out} ({self.run.recipe})")
-        except ImportError as error:
-            warnings.warn(f"no dashboard.png: {error}; pip install 'hrm-kernels[plot]'", RuntimeWarning, stacklevel=2)
+        except Exception as error:  # a picture is never worth a training run
+            remedy = "; pip install 'hrm-kernels[plot]'" if isinstance(error, ImportError) else ""
+            warnings.warn(f"no dashboard.png: {error}{remedy}", RuntimeWarning, stacklevel=2)
 
     def _print_header(self) -> None:
         run, c = self.run, self.config

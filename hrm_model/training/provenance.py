@@ -14,29 +14,41 @@ import torch
 
 from hrm_kernels import __version__
 
+RUN_FILE = "run.json"
+
 
 def write_provenance(directory: Path, run: dict[str, Any], model: dict[str, Any], data: list[dict[str, Any]]) -> None:
-    """Write run.json (and run.diff, when the checkout has uncommitted changes) into a run's directory."""
+    """Write run.json (and run.diff, when the checkout has uncommitted changes) into a new run's directory."""
+    origin = {"run": run, "model": model, "data": data, **_here(directory, "run.diff"), "resumed": []}
+    _write(directory, origin)
+
+
+def add_resume(directory: Path, step: int) -> None:
+    """Add to run.json by which command and code a run goes on from `step`; how it began stays."""
+    origin = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    origin.setdefault("resumed", []).append({"step": step, **_here(directory, f"run.{step}.diff")})
+    _write(directory, origin)
+
+
+def _here(directory: Path, diff_name: str) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
-    commit, diff = _git(root, "rev-parse", "HEAD"), _git(root, "diff", "HEAD")
-    info = {
+    diff = _git(root, "diff", "HEAD")
+    if diff:
+        (directory / diff_name).write_text(diff + "\n", encoding="utf-8")
+    return {
         "command": sys.argv,
-        "run": run,
-        "model": model,
-        "data": data,
-        "commit": commit,
-        "uncommitted_changes": bool(diff),
-        "versions": {
-            "hrm-kernels": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "uncommitted_changes": diff_name if diff else None,
+        "versions": {"hrm-kernels": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
     }
-    (directory / "run.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    if diff:
-        (directory / "run.diff").write_text(diff + "\n", encoding="utf-8")
+
+
+def _write(directory: Path, origin: dict[str, Any]) -> None:
+    temporary = directory / (RUN_FILE + ".tmp")
+    temporary.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / RUN_FILE)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -107,6 +107,12 @@ class TrainConfig:
         for name in ("warmup", "sample_tokens", "seed"):
             if getattr(self, name) < 0:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is negative"
+        if self.seed >= 2**63:
+            yield f"--seed {self.seed} is not below 2^63"
+        if self.overwrite and self.resume == "auto":
+            yield "--overwrite and --resume auto contradict each other; give one of them"
+        if self.config and self.init_from:
+            yield "--config and --init-from each say what the model is; give one of them"
         for name in ("lr", "min_lr", "weight_decay", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is not a finite number of at least 0"

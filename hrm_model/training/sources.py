@@ -102,7 +102,7 @@ class FileSource:
         self.description = {"kind": "files", "paths": [str(path) for path in paths]}
         digest = hashlib.sha256()
         files = list(dict.fromkeys(file for path in paths for file in _files_under(Path(path))))
-        total = sum(file.stat().st_size for file in files)
+        total = sum(file.stat().st_size for file in files if file.exists())  # a link may lead nowhere
         with tqdm(total=total, desc="checking", unit="B", unit_scale=True, delay=2) as bar:
             for file in files:
                 sha256, usable = _scan(file, report, bar.update)
@@ -130,6 +130,8 @@ class FileSource:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 try:
                     text = self._text_of(line)
                 except (ValueError, RecursionError) as error:
