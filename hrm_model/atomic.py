@@ -153,7 +153,7 @@ def verify(directory: str | Path, required: Iterable[str] = (), only: Iterable[s
                     f"{path} is {size:,} bytes, its manifest says {expected['size']:,}; "
                     "the file is truncated or was changed: use another checkpoint"
                 )
-            digest = _sha256(path)
+            digest = file_sha256(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing, but the manifest lists it; use another checkpoint") from None
         except OSError as error:
@@ -243,7 +243,7 @@ def _seal(directory: Path) -> None:
     names = sorted(entry.name for entry in directory.iterdir())
     for name in names:
         path = directory / name
-        manifest[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        manifest[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     write_json(directory / MANIFEST, manifest)
     for name in [*names, MANIFEST]:
         # safetensors creates its files readable by their owner alone; the manifest has the user's usual mode.
@@ -285,7 +285,8 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import beside, put_in_place, remove_leftovers, sync_directory
+from ..atomic import beside, file_sha256, put_in_place, remove_leftovers, sync_directory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -166,15 +166,6 @@ def _check_shard(file: Path, shard: dict[str, Any], verify: bool, remedy: str) -
     if verify and (digest := file_sha256(file)) != shard["sha256"]:
         expected = shard["sha256"]
         raise ShardError(f"shard {file} was altered: expected sha256 {expected}, found {digest}; {remedy}")
-
-
-def file_sha256(file: Path) -> str:
-    """Hex digest of a file's bytes. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_output(out: str | Path, overwrite: bool) -> None:
