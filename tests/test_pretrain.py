@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -389,18 +388,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, capsys
 
 def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(flags, tmp_path):
     """The file size limit stands for a full disk: the write of the weights fails in the middle."""
-    assert main([*flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
-    shutil.copytree(tmp_path / "run", tmp_path / "kept")
-    limit = 1_000_000
+    resource = pytest.importorskip("resource")
+    assert main(flags) == 0
+    earlier, last = weights(tmp_path / "run", 6), weights(tmp_path / "run", 8)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
 
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = start(*flags, "--out", str(tmp_path / "full"), preexec_fn=limited)
+    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))}
+    process = start(*flags, "--resume", "auto", **limited)
     printed = process.communicate()[0]
     assert process.returncode == 1
-    assert "step-00000002" in printed and "error:" in printed and "Traceback" not in printed
-    assert not list((tmp_path / "full" / "checkpoints").glob("*"))
+    assert "error:" in printed and "step-00000008" in printed and "Traceback" not in printed
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000006"}
+    assert_same_bits(weights(tmp_path / "run", 6), earlier)
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert_same_bits(weights(tmp_path / "run", 8), last)
 
 
 @pytest.mark.parametrize(
