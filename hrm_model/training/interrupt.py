@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 
 class Interrupt:
@@ -35,4 +34,4 @@ class Interrupt:
             os._exit(128 + number)
         self.requested = True
         # os.write, not print: a handler may run in the middle of another write to the same stream
-        os.write(sys.stderr.fileno(), b"\nstopping after this step; once more to leave at once\n")
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
