@@ -4,8 +4,9 @@
     python train/pretrain.py --fused --recipe base --data data/corpus --out runs/mine
     python train/pretrain.py --resume auto        # the same command after a kill
 
-Flags that are not given have the recipe's values. Exit status: 0 finished, 75 saved and stopped on Ctrl-C or SIGTERM, 76
-the loss or gradient was not finite, 130 stopped before training began, 1 an error named on the last line, 2 an unknown flag.
+Flags that are not given have the recipe's values. Exit status: 0 finished, 75 saved and stopped on Ctrl-C or SIGTERM,
+76 the loss or gradient was not finite, 130 stopped before training began, 1 an error named on the last line, 2 an
+unknown flag.
 """
 
 from __future__ import annotations
