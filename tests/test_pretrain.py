@@ -61,6 +61,20 @@ def start(*arguments: str, **options) -> subprocess.Popen:
     )
 
 
+def run_stopped_during(step: int, number: int, flags: list[str]) -> int:
+    """Exit status of a run, in this process, that gets signal `number` while it takes step `step`."""
+    training = build(vars(parse(flags)))
+    train_step = training.train_step
+
+    def stopped():
+        if training.step == step - 1:
+            os.kill(os.getpid(), number)
+        return train_step()
+
+    training.train_step = stopped
+    return training()
+
+
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,16 +286,7 @@ def test_ctrl_c_before_training_is_one_line(flags, tmp_path):
 
 def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_resumed_run(flags, tmp_path):
     """A run that was stopped after its last step, before its evaluation, is not finished."""
-    training = build(vars(parse(flags)))
-    train_step = training.train_step
-
-    def stop_in_the_last():
-        if training.step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return train_step()
-
-    training.train_step = stop_in_the_last
-    assert training() == 75
+    assert run_stopped_during(8, signal.SIGINT, flags) == 75
     assert [r["step"] for r in records(tmp_path / "run", "eval")] == [4]
     assert main([*flags, "--resume", "auto"]) == 0
     assert [r["step"] for r in records(tmp_path / "run", "eval")] == [4, 8]
@@ -299,16 +304,7 @@ def test_a_resumed_run_keeps_its_origin_and_needs_not_what_it_began_from(flags, 
     assert main([*flags, "--out", str(tmp_path / "source")]) == 0
     del flags[flags.index("--config") : flags.index("--config") + 2]
     flags += ["--init-from", str(tmp_path / "source")]
-    training = build(vars(parse(flags)))
-    train_step = training.train_step
-
-    def stop_after_four():
-        if training.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step()
-
-    training.train_step = stop_after_four
-    assert training() == 75
+    assert run_stopped_during(4, signal.SIGTERM, flags) == 75
     origin = json.loads((tmp_path / "run" / "run.json").read_text())
     shutil.rmtree(tmp_path / "source")
     assert main([*flags, "--resume", "auto"]) == 0
