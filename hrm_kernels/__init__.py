@@ -9,11 +9,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backend import BackendError, current_backend, describe, implementation, use_backend, why_no_kernel
+from . import checks
+from .autocast import shared_casts
+from .backend import (
+    OPS,
+    BackendError,
+    current_backend,
+    describe,
+    run,
+    run_rope_gqa_attention,
+    use_backend,
+    why_no_kernel,
+)
 from .reference import rope, rope_table
 from .version import __version__
 
 __all__ = [
+    "OPS",
     "BackendError",
     "__version__",
     "add_rms_norm",
@@ -27,6 +39,7 @@ __all__ = [
     "rope",
     "rope_gqa_attention",
     "rope_table",
+    "shared_casts",
     "swiglu",
     "swiglu_mul",
     "use_backend",
@@ -41,20 +54,25 @@ def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor:
         x: [..., C], any float dtype. w: [C].
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4.
     """
-    return implementation("rms_norm", x.device)(x, w, eps)
+    checks.norm(x, None, w)
+    return run("rms_norm", x, w, eps)
 
 
-def add_rms_norm(x: Tensor, branch: Tensor, w: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, branch: Tensor, w: Tensor, eps: float = 1e-5, keep_sum: bool = True
+) -> tuple[Tensor | None, Tensor]:
     """Residual add and RMSNorm in one pass: s = x + branch; returns (s, rms_norm(s, w, eps)).
 
-    A pre-norm block keeps both (the new residual and the next branch's input), a post-norm block only the second.
+    A pre-norm block keeps both (the new residual and the next branch's input). A post-norm block needs only the
+    second: with keep_sum=False the first is None, and forward alone it never reaches memory.
 
     Args:
         x: [..., C] residual. branch: [..., C], may have a lower precision than x (autocast). w: [C].
     Returns:
-        (sum, norm), both [..., C] in the dtype x + branch promotes to.
+        (sum or None, norm), both [..., C] in the dtype x + branch promotes to.
     """
-    return implementation("add_rms_norm", x.device)(x, branch, w, eps)
+    checks.norm(x, branch, w)
+    return run("add_rms_norm", x, branch, w, eps, keep_sum)
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
@@ -66,12 +84,14 @@ def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None
         [..., F].
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, eq. 5, with the two projections' roles exchanged.
     """
-    return implementation("swiglu", x.device)(x, w_gate, w_up, b_gate, b_up)
+    checks.swiglu(x, w_gate, w_up, b_gate, b_up)
+    return run("swiglu", x, w_gate, w_up, b_gate, b_up)
 
 
 def swiglu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(up) * gate, elementwise, for callers that already have the two products. Shapes [..., F]."""
-    return implementation("swiglu_mul", gate.device)(gate, up)
+    checks.swiglu_mul(gate, up)
+    return run("swiglu_mul", gate, up)
 
 
 def qkv_rope(
@@ -92,7 +112,8 @@ def qkv_rope(
     Returns:
         [B, T, (H + 2K) * D]: queries, then keys, then values.
     """
-    return implementation("qkv_rope", x.device)(x, w_q, w_k, w_v, biases, rotary)
+    checks.qkv_rope(x, w_q, w_k, w_v, biases, rotary)
+    return run("qkv_rope", x, w_q, w_k, w_v, biases, rotary)
 
 
 def attention(
@@ -109,7 +130,8 @@ def attention(
         [B, T, H*D].
     Source: Ainslie et al., "GQA", 2023, section 2.2.
     """
-    return implementation("attention", qkv.device)(qkv, n_head, n_kv_head, lengths, dropout_p)
+    checks.attention(qkv, n_head, n_kv_head, lengths, dropout_p)
+    return run("attention", qkv, n_head, n_kv_head, lengths, dropout_p)
 
 
 def rope_gqa_attention(
@@ -125,8 +147,9 @@ def rope_gqa_attention(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """`attention` of `qkv_rope`: from hidden states [B, T, C] to heads [B, T, H*D], before the output projection."""
-    qkv = qkv_rope(x, w_q, w_k, w_v, biases, rotary)
-    return attention(qkv, n_head, n_kv_head, lengths, dropout_p)
+    checks.qkv_rope(x, w_q, w_k, w_v, biases, rotary)
+    checks.rope_gqa_attention(x, w_q, w_k, rotary, n_head, n_kv_head, lengths, dropout_p)
+    return run_rope_gqa_attention(x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p)
 
 
 def linear_cross_entropy(
@@ -148,7 +171,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not match, or an unknown reduction.
     """
-    return implementation("linear_cross_entropy", x.device)(x, w, targets, ignore_index, reduction, z_loss)
+    checks.linear_cross_entropy(x, w, targets, reduction)
+    return run("linear_cross_entropy", x, w, targets, ignore_index, reduction, z_loss)
 
 
 def halting(
@@ -164,4 +188,5 @@ def halting(
     Returns:
         (q [B, 2] float32, halt [B] bool).
     """
-    return implementation("halting", z_H.device)(z_H, w, b, halt_bias, lengths)
+    checks.halting(z_H, w, b, lengths)
+    return run("halting", z_H, w, b, halt_bias, lengths)

@@ -1,9 +1,13 @@
-"""Which implementation of an op runs: auto, reference or triton.
+"""Which implementation of an op runs.
 
 `auto` (the default) takes a Triton kernel where the tensor is on a CUDA device and a kernel covers the case, else the
 reference. `reference` never takes a kernel. `triton` always does, and is an error where it cannot: a kernel that was
-asked for by name is never replaced silently. The environment variable HRM_KERNELS sets the mode for a process;
-`use_backend` sets it from code.
+asked for by name is never replaced silently. Single ops can be given an implementation of their own, and attention has
+two more, by libraries: `sdpa` and `flash`.
+
+`use_backend("auto", attention="flash")` sets this from code, the environment variable HRM_KERNELS for a process:
+`HRM_KERNELS=auto,attention=flash`. With TRITON_INTERPRET=1, Triton's interpreter runs the kernels on a CPU, slowly, where
+`triton` asks for them.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from . import reference
+from . import library_attention, reference, tuning
 
 MODES = ("auto", "reference", "triton")
 OPS = (
@@ -27,22 +32,35 @@ OPS = (
     "linear_cross_entropy",
     "halting",
 )
+LIBRARIES = {"attention": {"sdpa": library_attention.sdpa, "flash": library_attention.flash}}
 
-# op name -> Triton launcher with the reference's signature. A new kernel is entered here and nowhere else.
-TRITON_KERNELS: dict[str, Callable] = {}
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 class BackendError(RuntimeError):
-    """A kernel was asked for by name and cannot run here."""
+    """An implementation was asked for by name and cannot run here."""
 
 
-def _checked(mode: str, source: str) -> str:
+def _checked(mode: str, overrides: dict[str, str], source: str) -> tuple[str, dict[str, str]]:
     if mode not in MODES:
         raise ValueError(f"{source} is {mode!r}; it must be one of {', '.join(MODES)}")
-    return mode
+    for op, name in overrides.items():
+        if op not in OPS:
+            raise ValueError(f"{source} names the op {op!r}; there are {', '.join(OPS)}")
+        known = (*MODES, *LIBRARIES.get(op, ()))
+        if name not in known:
+            raise ValueError(f"{source} wants {op}={name!r}; it must be one of {', '.join(known)}")
+    return mode, overrides
 
 
-_mode = _checked(os.environ.get("HRM_KERNELS", "auto"), "the environment variable HRM_KERNELS")
+def _from_environment() -> tuple[str, dict[str, str]]:
+    mode, *rest = os.environ.get("HRM_KERNELS", "auto").split(",")
+    pairs = [part.partition("=") for part in rest]
+    return _checked(mode, {op: name for op, _, name in pairs}, "the environment variable HRM_KERNELS")
+
+
+_mode, _overrides = _from_environment()
 
 
 class use_backend:
@@ -50,22 +68,25 @@ class use_backend:
 
     Args:
         mode: "auto", "reference" or "triton".
+        overrides: op=name for single ops, e.g. attention="sdpa"; an op not named keeps the one it has, and
+            op="auto" follows the mode "auto".
 
     Raises:
-        ValueError: the mode is none of these.
+        ValueError: an unknown mode, op or implementation.
     """
 
-    def __init__(self, mode: str):
-        global _mode
-        mode = _checked(mode, "backend")
-        self._previous, _mode = _mode, mode
+    def __init__(self, mode: str, **overrides: str):
+        global _mode, _overrides
+        mode, overrides = _checked(mode, overrides, "backend")
+        self._previous = _mode, _overrides
+        _mode, _overrides = mode, {**_overrides, **overrides}
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exc) -> None:
-        global _mode
-        _mode = self._previous
+        global _mode, _overrides
+        _mode, _overrides = self._previous
 
 
 def current_backend() -> str:
@@ -73,33 +94,99 @@ def current_backend() -> str:
     return _mode
 
 
+def _kernels() -> dict:
+    from .kernels import KERNELS
+
+    return KERNELS
+
+
 def why_no_kernel(op: str, device: torch.device) -> str | None:
     """None if the Triton kernel of `op` can run on `device`, else the reason in words."""
-    if op not in TRITON_KERNELS:
-        return f"this version has no Triton kernel for {op}"
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}, Triton kernels need a CUDA device"
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed (pip install 'triton>=3.6')"
+    if device.type == "cpu" and _INTERPRETED:
+        return None
+    if device.type not in ("cuda", "meta"):
+        hint = ", or a CPU with TRITON_INTERPRET=1" if device.type == "cpu" else ""
+        return f"the tensors are on {device.type}, Triton kernels need a CUDA device{hint}"
     return None
 
 
-def implementation(op: str, device: torch.device) -> Callable:
-    """The function that `op` runs for tensors on `device` in the current mode.
+def _setting(op: str) -> str:
+    return _overrides.get(op, _mode)
 
-    Raises:
-        BackendError: mode "triton" and no kernel can run; the message says why.
-    """
-    if _mode == "reference" or (_mode == "auto" and device.type != "cuda"):
-        return getattr(reference, op)
+
+def _kernel(op: str, setting: str, args: tuple) -> tuple[Callable | None, str]:
+    """The Triton kernel of `op` if it may and can run for these arguments, else None and the reason."""
+    device = args[0].device
+    if setting == "auto" and device.type != "cuda":
+        return None, "auto takes kernels on CUDA devices"
     reason = why_no_kernel(op, device)
     if reason is None:
-        return TRITON_KERNELS[op]
-    if _mode == "triton":
-        raise BackendError(f"backend 'triton' was asked for, but {reason}; use 'auto' or 'reference'")
-    return getattr(reference, op)
+        kernel = _kernels()[op]
+        reason = kernel.why_not(*args)
+        if reason is None:
+            return kernel.run, ""
+    return None, reason
+
+
+def chosen(op: str, *args) -> tuple[str, Callable]:
+    """(name, function) of the implementation that `op` runs for these arguments, the first of them a tensor.
+
+    Raises:
+        BackendError: an implementation was asked for by name and cannot run; the message says why.
+    """
+    setting = _setting(op)
+    if op == "attention" and setting == "auto":
+        setting = _fastest_attention(*args)
+    if setting in LIBRARIES.get(op, ()):
+        if setting == "flash" and (reason := library_attention.why_not_flash(*args[:3])):
+            raise BackendError(f"{op}={setting} was asked for, but {reason}; use 'auto' or 'sdpa'")
+        return setting, LIBRARIES[op][setting]
+    if setting != "reference":
+        kernel, reason = _kernel(op, setting, args)
+        if kernel is not None:
+            return "triton", kernel
+        if setting == "triton":
+            raise BackendError(f"backend 'triton' was asked for, but {op}: {reason}; use 'auto' or 'reference'")
+    return "reference", getattr(reference, op)
+
+
+def _fastest_attention(qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor | None, dropout_p: float) -> str:
+    """What tuning.py's table says, of what can run."""
+    if qkv.device.type != "cuda":
+        return "auto"
+    name = tuning.fastest_attention(qkv.dtype, qkv.shape[1])
+    if name == "flash" and library_attention.why_not_flash(qkv, n_head, n_kv_head):
+        return "auto"
+    return "auto" if name == "triton" else name
+
+
+def run(op: str, *args):
+    """Call the chosen implementation of `op`."""
+    return chosen(op, *args)[1](*args)
+
+
+def run_rope_gqa_attention(x: Tensor, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p) -> Tensor:
+    """qkv_rope and attention: as one kernel op where both are to be Triton's, else one after the other."""
+    setting = _setting("attention")
+    if setting == _setting("qkv_rope") and setting in ("auto", "triton"):
+        if setting == "triton" or tuning.fastest_attention(w_q.dtype, x.shape[1]) == "triton":
+            args = x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p
+            kernel, _ = _kernel("rope_gqa_attention", setting, args)
+            if kernel is not None:
+                return kernel(*args)
+    qkv = run("qkv_rope", x, w_q, w_k, w_v, biases, rotary)
+    return run("attention", qkv, n_head, n_kv_head, lengths, dropout_p)
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Op name -> "triton" or "reference", as `auto` would choose on `device`. For run headers and bug reports."""
-    return {op: "reference" if why_no_kernel(op, device) else "triton" for op in OPS}
+    """Op name -> implementation, as it would be chosen on `device` for inputs that the kernels cover. For run headers
+    and bug reports."""
+    names = {}
+    for op in OPS:
+        name = _setting(op)
+        if name == "auto":
+            name = "triton" if device.type == "cuda" and why_no_kernel(op, device) is None else "reference"
+        names[op] = name
+    return names

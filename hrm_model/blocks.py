@@ -26,6 +26,10 @@ class RMSNorm(nn.Module):
         """(x + branch, norm of it)."""
         return ops.add_rms_norm(x, branch, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Norm of x + branch."""
+        return ops.add_rms_norm(x, branch, self.weight, self.eps, keep_sum=False)[1]
+
 
 class Attention(nn.Module):
     """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]."""
@@ -103,5 +107,5 @@ class ReasoningBlock(_BlockParts):
     """Post-norm block of the HRM levels: ln_1(x + attn(x)), then ln_2(x + mlp(x))."""
 
     def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
-        _, x = self.ln_1.add(x, self.attn(x, rotary, lengths))
-        return self.ln_2.add(x, self.mlp(x))[1]
+        x = self.ln_1.of_sum(x, self.attn(x, rotary, lengths))
+        return self.ln_2.of_sum(x, self.mlp(x))

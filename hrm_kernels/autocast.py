@@ -1,0 +1,50 @@
+"""Low-precision copies of weights under autocast, made once a forward pass instead of once a use."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+
+
+class shared_casts:
+    """Within this block a weight is cast once, however often it is used. A model's forward pass enters it.
+
+    The block must be shorter than anything that changes weights; copies that carry gradient history are kept apart
+    from copies that do not. While torch.compile traces, every use casts: the compiler removes repetitions itself.
+    """
+
+    def __enter__(self) -> None:
+        self.before = getattr(_local, "copies", None)
+        _local.copies = {} if self.before is None else self.before
+
+    def __exit__(self, *exc) -> None:
+        _local.copies = self.before
+
+
+def in_autocast(x: Tensor) -> bool:
+    """Whether an autocast region is in force for x's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with x computes in: autocast's type inside its region, else x's own."""
+    if in_autocast(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`."""
+    if weight.dtype == dtype:
+        return weight
+    copies = None if torch.compiler.is_compiling() else getattr(_local, "copies", None)
+    if copies is None:
+        return weight.to(dtype)
+    key = id(weight), dtype, torch.is_grad_enabled()
+    if key not in copies:
+        copies[key] = weight, weight.to(dtype)  # the weight too, so that its id stays its own
+    return copies[key][1]

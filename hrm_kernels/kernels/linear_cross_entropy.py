@@ -1,0 +1,158 @@
+"""Linear layer and cross-entropy over a large vocabulary, a chunk of rows at a time; the logits never exist as a whole.
+
+    l = x w^T, s = logsumexp(l), loss = s - l[target] + z s^2, p = exp(l - s)
+    dl = row_weight (p (1 + 2 z s) - onehot(target)),   dx = dl w,   dw = dl^T x
+
+One kernel passes twice over each row of a chunk's logits: first for maximum and sum, then to overwrite the logits with
+their gradient. The three products are plain ones, so torch's library makes them; dw is accumulated in float32. A large
+chunk matters: dw (90 MB at the base size) is read and written once a chunk.
+
+For "mean" and "sum" the row weights are known, so the gradient is made in the forward pass while the logits are there;
+for "none" they come with the backward pass, which makes each chunk's logits again.
+Source of the idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; Hsu et al.,
+"Liger Kernel", 2024, section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..autocast import cast, compute_dtype
+from .launch import kernel_op, launch, needs_grad
+from ..tuning import tile
+
+CHUNK_BYTES = 412_090_368
+"""Logits alive at a time: 4096 rows of 50,304 bfloat16."""
+
+
+@triton.jit
+def _loss_and_gradient(
+    logits_ptr, targets_ptr, row_weight_ptr, loss_ptr, row_stride, ignore_index, z_loss,
+    V: tl.constexpr, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logits = logits_ptr + row.to(tl.int64) * row_stride
+    target = tl.load(targets_ptr + row)
+    ignored = target == ignore_index
+    lane = tl.arange(0, BLOCK)
+    # Every lane keeps its own running maximum and sum, so that the row is reduced once and not once a block. The first
+    # maximum is finite, so that lanes beyond V (-inf) leave sums of 0 and not of nan.
+    top = tl.full((BLOCK,), -3.0e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(logits + start + lane, start + lane < V, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, x)
+        total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
+        top = new_top
+    row_top = tl.max(top, 0)
+    lse = row_top + tl.log(tl.sum(total * tl.exp(top - row_top), 0))
+    # a target that is no column is never followed: its loss is nan, which no training run overlooks
+    known = (target >= 0) & (target < V)
+    safe_target = tl.where(known, target, 0)
+    picked = tl.where(known, tl.load(logits + safe_target).to(tl.float32), float("nan"))
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, lse - picked + z_loss * lse * lse))
+    if WITH_GRADIENT:
+        weight = tl.where(ignored, 0.0, tl.load(row_weight_ptr + row).to(tl.float32))
+        slope = weight * (1 + 2 * z_loss * lse)
+        for start in range(0, V, BLOCK):
+            column = start + lane
+            x = tl.load(logits + column, column < V, other=float("-inf")).to(tl.float32)
+            d = tl.exp(x - lse) * slope - tl.where(column == safe_target, weight, 0.0)
+            # an ignored row's gradient is zero even if its logits are infinite or nan
+            d = tl.where(ignored, 0.0, d)
+            tl.store(logits + column, d.to(logits_ptr.dtype.element_ty), column < V)
+
+
+@kernel_op(
+    "linear_cross_entropy(Tensor x, Tensor w, Tensor targets, Tensor? row_weight, Tensor(a!) loss, Tensor(b!)? dx,"
+    " Tensor(c!)? dw, int ignore_index, float z_loss) -> ()"
+)
+def _chunks(x, w, targets, row_weight, loss, dx, dw, ignore_index, z_loss):
+    """Losses [M], and with row_weight [M] the gradients dx [M, C] and dw [V, C] float32."""
+    if dw is not None:
+        dw.zero_()
+    m, v = x.shape[0], w.shape[0]
+    chunk = max(1, min(m, CHUNK_BYTES // (v * w.element_size())))
+    buffer = torch.empty((chunk, v), dtype=x.dtype, device=x.device)
+    chosen = tile("cross_entropy", x.dtype, m, x.device)
+    for start in range(0, m, chunk):
+        stop = min(m, start + chunk)
+        logits = buffer[: stop - start]
+        torch.mm(x[start:stop], w.t(), out=logits)
+        launch(
+            _loss_and_gradient, (stop - start,),
+            logits, targets[start:stop], None if dx is None else row_weight[start:stop], loss[start:stop],
+            v, ignore_index, z_loss,
+            V=v, WITH_GRADIENT=dx is not None, BLOCK=min(chosen.N, triton.next_power_of_2(v)), **chosen.options,
+        )  # fmt: skip
+        if dx is not None:
+            torch.mm(logits, w, out=dx[start:stop])
+            _add_product(dw, logits.t(), x[start:stop])
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a b in float32: in one library call where there is one for narrow factors and a wide sum."""
+    if into.dtype == a.dtype:
+        into.addmm_(a, b)
+    elif into.is_cuda:
+        torch.addmm(into, a, b, out_dtype=into.dtype, out=into)
+    else:
+        into += a @ b
+
+
+class _TotalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, targets, row_weight, ignore_index, z_loss, with_gradient):
+        loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        dx, dw = None, None
+        if with_gradient:
+            dx, dw = torch.empty_like(x), torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        _chunks(x, w, targets, row_weight, loss, dx, dw, ignore_index, z_loss)
+        ctx.save_for_backward(dx, dw)
+        ctx.w_dtype = w.dtype
+        return (loss * row_weight).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        dx, dw = ctx.saved_tensors
+        return dx * g, (dw * g).to(ctx.w_dtype), None, None, None, None, None
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, targets, ignore_index, z_loss):
+        loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        _chunks(x, w, targets, None, loss, None, None, ignore_index, z_loss)
+        ctx.save_for_backward(x, w, targets)
+        ctx.constants = ignore_index, z_loss
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, targets = ctx.saved_tensors
+        loss, dx = torch.empty_like(g, memory_format=torch.contiguous_format), torch.empty_like(x)
+        dw = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        _chunks(x, w, targets, g.contiguous(), loss, dx, dw, *ctx.constants)
+        return dx, dw.to(w.dtype), None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+) -> Tensor:
+    dtype = compute_dtype(x)
+    x, w, targets = x.to(dtype).contiguous(), cast(w, dtype).contiguous(), targets.contiguous()
+    if reduction == "none":
+        return _RowLosses.apply(x, w, targets, ignore_index, z_loss)
+    keep = targets != ignore_index
+    row_weight = keep.float()
+    if reduction == "mean":
+        row_weight = row_weight / keep.sum().clamp(min=1)
+    return _TotalLoss.apply(x, w, targets, row_weight, ignore_index, z_loss, needs_grad(x, w))
