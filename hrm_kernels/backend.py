@@ -6,8 +6,8 @@ asked for by name is never replaced silently. Single ops can be given an impleme
 two more, by libraries: `sdpa` and `flash`.
 
 `use_backend("auto", attention="flash")` sets this from code, the environment variable HRM_KERNELS for a process:
-`HRM_KERNELS=auto,attention=flash`. With TRITON_INTERPRET=1, Triton's interpreter runs the kernels on a CPU, slowly, where
-`triton` asks for them.
+`HRM_KERNELS=auto,attention=flash`. With TRITON_INTERPRET=1, Triton's interpreter runs the kernels on a CPU, slowly,
+where `triton` asks for them.
 """
 
 from __future__ import annotations
@@ -170,12 +170,12 @@ def run(op: str, *args):
 def run_rope_gqa_attention(x: Tensor, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p) -> Tensor:
     """qkv_rope and attention: as one kernel op where both are to be Triton's, else one after the other."""
     setting = _setting("attention")
-    if setting == _setting("qkv_rope") and setting in ("auto", "triton"):
-        if setting == "triton" or tuning.fastest_attention(w_q.dtype, x.shape[1]) == "triton":
-            args = x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p
-            kernel, _ = _kernel("rope_gqa_attention", setting, args)
-            if kernel is not None:
-                return kernel(*args)
+    fused = setting == "triton" or (setting == "auto" and tuning.fastest_attention(w_q.dtype, x.shape[1]) == "triton")
+    if fused and setting == _setting("qkv_rope"):
+        args = x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p
+        kernel, _ = _kernel("rope_gqa_attention", setting, args)
+        if kernel is not None:
+            return kernel(*args)
     qkv = run("qkv_rope", x, w_q, w_k, w_v, biases, rotary)
     return run("attention", qkv, n_head, n_kv_head, lengths, dropout_p)
 

@@ -5,8 +5,8 @@
 
 Tiles of queries pass over tiles of keys with a running maximum and sum, so S never exists as a whole; the forward pass
 leaves only log2-sum-exp2 of each row. Key/value heads are read where they lie, by all the query heads that share them;
-their gradients are summed over those heads in registers, without atomics. Queries from `length` on give zero and take no
-gradient: their log-sum is set to infinity, so that every weight computed from it is exactly 0.
+their gradients are summed over those heads in registers, without atomics. Queries from `length` on give zero and take
+no gradient: their log-sum is set to infinity, so that every weight computed from it is exactly 0.
 
 Dao, "FlashAttention-2", 2023, algorithms 1 and 2; Ainslie et al., "GQA", 2023, section 2.2.
 """
@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autocast import cast, compute_dtype
+from ..tuning import tile
 from .launch import kernel_op, launch, precision
 from .parts import rotated
-from .qkv_rope import launch_qkv_rope, project, project_backward, rotary_row_stride
-from ..tuning import tile
+from .qkv_rope import project, project_backward, rotary_row_stride
 
 LARGEST_HEAD = 128
 

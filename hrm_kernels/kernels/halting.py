@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import kernel_op, launch
 from ..tuning import tile
+from .launch import kernel_op, launch
 
 MOST_ROWS = 4096
 """Rows that the last program holds at once."""

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autocast import cast, compute_dtype
-from .launch import kernel_op, launch, needs_grad
 from ..tuning import tile
+from .launch import kernel_op, launch, needs_grad
 
 CHUNK_BYTES = 412_090_368
 """Logits alive at a time: 4096 rows of 50,304 bfloat16."""

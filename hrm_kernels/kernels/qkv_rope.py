@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autocast import cast, compute_dtype
+from ..tuning import tile
 from .launch import kernel_op, launch, precision, rows
 from .parts import rotated, tile_of
-from ..tuning import tile
 
 
 @triton.jit

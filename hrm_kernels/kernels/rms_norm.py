@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import kernel_op, launch, needs_grad, rows
 from ..tuning import tile
+from .launch import kernel_op, launch, needs_grad, rows
 
 WIDEST = 16384
 """Channels of a row that one program can hold."""

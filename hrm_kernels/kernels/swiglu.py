@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autocast import cast, compute_dtype
+from ..tuning import tile
 from .launch import kernel_op, launch, needs_grad, precision, rows
 from .parts import silu_and_slope, tile_of
-from ..tuning import tile
 
 
 @triton.jit
