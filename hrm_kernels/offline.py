@@ -80,7 +80,7 @@ def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) 
 
 
 def specialised(launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-    """(signature, constants, attributes) as Triton makes them of a call: 1 and None are constants, alignment is kept."""
+    """(signature, constants, attributes) as Triton makes them of a call: 1 and None are constants."""
     names = list(inspect.signature(launch.kernel.fn).parameters)
     values = dict(zip(names, launch.args, strict=False))
     options = {"num_warps", "num_stages", "enable_fp_fusion"}
@@ -185,9 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m hrm_kernels.offline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_KB))
-    parser.add_argument(
-        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"]
-    )
+    types = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=types)
     parser.add_argument("--rows", type=int, default=64, help="batch size (default 64)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens a row (default 512)")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
@@ -205,13 +204,14 @@ def main(argv: list[str] | None = None) -> int:
             for line in report(arch, getattr(torch, dtype), options.rows, options.tokens, BASE):
                 wrong = faults(line)
                 bad += bool(wrong)
+                note = f"  <- {', '.join(wrong)}" if wrong else ""
                 if options.json:
                     print(json.dumps({**line, "faults": wrong}), flush=True)
                     continue
                 print(
                     f"{line['kernel']:<38}{line['dtype']:<10}{line['arch']:<8}{line['tile']:<13}{line['num_warps']:>6}"
                     f"{line['num_stages']:>7}{line['registers']:>6}{line['spill_bytes']:>7}{line['shared_bytes']:>9}"
-                    f"{line['wide_loads']:>6}  {line['matrix_instruction']}{'  <- ' + ', '.join(wrong) if wrong else ''}",
+                    f"{line['wide_loads']:>6}  {line['matrix_instruction']}{note}",
                     flush=True,
                 )
     return int(bad > 0)

@@ -1,10 +1,11 @@
 """Tile sizes: one table, read from top to bottom, the first line that fits is used.
 
-TABLE, columns: `type`: half is bfloat16 and float16. `rows`: for at most so many rows (tokens). `KB`: shared memory that the
-GPU must give one program (99 on sm_86, sm_89, sm_120; 163 on sm_80; 227 on sm_90, sm_100). M, N, K: the tile.
+TABLE, columns: `type`: half is bfloat16 and float16. `rows`: for at most so many rows (tokens). `KB`: for GPUs that
+give a program at least so much shared memory (99 on sm_86, sm_89, sm_120; 163 on sm_80; 227 on sm_90, sm_100). M, N, K:
+the tile.
 ATTENTION: which implementation `auto` takes for rows of at most so many tokens: triton, sdpa or flash.
 `python -m hrm_kernels.tune` times candidates on the GPU at hand and writes its choice here; nothing is tuned while a
-model runs. Registers and spills are those of sm_90 (`python -m hrm_kernels.offline`). No line has been timed on a GPU yet.
+model runs. What spills is said by `python -m hrm_kernels.offline`. No line has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ op                   type    rows   KB    M    N    K warps stages  why
 rms_norm             any      any    0    4    0    0     4      1  a warp a row: 16-byte loads, sums by shuffles alone
 rms_norm_backward    any      any    0    4    0    0     4      1  as forward
 swiglu               half      64   99   16   64   64     4      4  decoding: few rows, weights stream once
-swiglu               half     any  163  128  128   64     8      3  two 128 x 128 accumulators; 4 warps would spill
-swiglu               half     any   99  128   64   64     4      2
-swiglu               float32  any   99   64   64   32     4      2  three tf32 products take three times the registers
+swiglu               half     any  227  128  128   64     8      3  two 128 x 128 accumulators; 4 warps would spill
+swiglu               half     any   99  128   64   64     8      3  mma.sync: 128 x 128 would spill
+swiglu               float32  any   99   64   32   32     4      2  three tf32 products; 64 x 64 would spill on sm_80
 swiglu_mul           any      any    0    0 1024    0     4      1  1024 elements a program
 qkv                  half      64   99   16   64   64     4      4  decoding
 qkv                  half     any   99  128  128   64     8      3  896 = 7 x 128 columns; 4 warps would spill
 qkv                  float32  any   99   64   64   32     4      2
 rotate               any      any    0    0 1024    0     4      1  1024 elements a program
 attention            half      64   99   16   32    0     4      2  short rows
-attention            half     any   99  128   64    0     4      3
-attention            float32  any   99   64   32    0     4      2
+attention            half     any   99  128   64    0     8      3  4 warps would spill on sm_80
+attention            float32  any  227   64   32    0     8      2
+attention            float32  any   99   32   32    0     4      2  64 x 32 would spill on sm_80
 attention_dq         half     any   99   64   64    0     4      3
-attention_dq         float32  any   99   32   32    0     4      2
+attention_dq         float32  any   99   32   32    0     8      2  4 warps would spill
 attention_dkv        half     any   99   64   64    0     4      3
-attention_dkv        float32  any   99   32   32    0     4      2
+attention_dkv        float32  any   99   32   32    0     8      2  4 warps would spill
 cross_entropy        any      any    0    0 4096    0     8      1  4096 columns of a row at a time
-halting              any      any    0   16    0    0     4      1  16 positions x 512 channels: 64 registers a thread
+halting              any      any    0   16    0    0     8      1  16 positions x 512 channels at a time
 """
 
 ATTENTION = """

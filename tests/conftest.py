@@ -1,11 +1,18 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and how kernels run where there is no GPU."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton chooses between compiler and interpreter when it is imported, for the whole process.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +37,13 @@ def small_model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("shape") / "config.json"
     path.write_text(json.dumps(shape), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def nan_filled():
+    """Memory that torch allocates is full of nan, so that an element a kernel does not write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

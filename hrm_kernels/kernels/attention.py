@@ -353,6 +353,7 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
 def attention(
     qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
+    qkv = qkv.to(compute_dtype(qkv))
     return _Attention.apply(qkv, lengths, _seed(dropout_p, qkv.device), n_head, n_kv_head, dropout_p)
 
 

@@ -96,6 +96,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous: copied only where they are not."""
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: float32 as three tf32 products (about 2^-21 relative, on tensor cores), unless torch was
     told that one will do. Narrower types are multiplied exactly and accumulated in float32 whatever this says."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import kernel_op, launch, precision, rows
+from .launch import dense, kernel_op, launch, precision, rows
 from .parts import rotated, tile_of
 
 
@@ -122,7 +122,7 @@ def project(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None,
     """The kernel's forward pass, [B, T, C] -> [B, T, N]."""
     n_rows, n_tokens, _ = x.shape
     qkv = torch.empty((n_rows * n_tokens, sum(w.shape[0] for w in weights)), dtype=weights[0].dtype, device=x.device)
-    launch_qkv_rope(rows(x), *(w.contiguous() for w in weights), *biases, rotary, qkv, n_tokens)
+    launch_qkv_rope(rows(x), *dense(*weights, *biases), rotary, qkv, n_tokens)
     return qkv.view(n_rows, n_tokens, qkv.shape[1])
 
 

@@ -108,12 +108,15 @@ def _launch_forward(x, branch, w, total, y, rstd, eps):
 )
 def _launch_backward(s, w, rstd, dy, dsum, ds, dw):
     block_m, block_n, options = _block("rms_norm_backward", s)
+    programs = min(PARTIAL_SUMS, triton.cdiv(s.shape[0], block_m))
+    partial = torch.empty((programs, s.shape[1]), dtype=torch.float32, device=s.device)
     launch(
-        _backward, (dw.shape[0],),
-        s, w, rstd, dy, dsum, ds, dw,
+        _backward, (programs,),
+        s, w, rstd, dy, dsum, ds, partial,
         s.shape[0], s.stride(0), dy.stride(0), 0 if dsum is None else dsum.stride(0),
         N=s.shape[1], HAS_DSUM=dsum is not None, BLOCK_M=block_m, BLOCK_N=block_n, **options,
     )  # fmt: skip
+    torch.sum(partial, 0, out=dw)
 
 
 class _Norm(torch.autograd.Function):
@@ -121,7 +124,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, w, eps, keep_sum, with_gradient):
-        flat = rows(x)
+        flat, w = rows(x), w.contiguous()
         dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
         y = torch.empty(flat.shape, dtype=dtype, device=x.device)
         total = torch.empty_like(y) if branch is not None and (keep_sum or with_gradient) else None
@@ -137,12 +140,11 @@ class _Norm(torch.autograd.Function):
         dy_rows = rows(dy)
         dsum_rows = None if dsum is None else rows(dsum)
         ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-        programs = min(PARTIAL_SUMS, max(1, s.shape[0]))
-        partial = torch.empty((programs, s.shape[1]), dtype=torch.float32, device=s.device)
-        _launch_backward(s, w, rstd, dy_rows, dsum_rows, ds, partial)
+        dw = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+        _launch_backward(s, w, rstd, dy_rows, dsum_rows, ds, dw)
         ds = ds.view(dy.shape)
         dbranch = None if ctx.branch_dtype is None else ds.to(ctx.branch_dtype)
-        return ds.to(ctx.x_dtype), dbranch, partial.sum(0).to(w.dtype), None, None, None
+        return ds.to(ctx.x_dtype), dbranch, dw.to(w.dtype), None, None, None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor:

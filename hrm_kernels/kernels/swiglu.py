@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import kernel_op, launch, needs_grad, precision, rows
+from .launch import dense, kernel_op, launch, needs_grad, precision, rows
 from .parts import silu_and_slope, tile_of
 
 
@@ -131,7 +131,7 @@ class _SwiGLU(torch.autograd.Function):
         flat = rows(x)
         h = torch.empty((flat.shape[0], w_gate.shape[0]), dtype=w_gate.dtype, device=x.device)
         gate, up = (torch.empty_like(h), torch.empty_like(h)) if with_gradient else (None, None)
-        _launch_forward(flat, rows(w_gate), rows(w_up), b_gate, b_up, h, gate, up)
+        _launch_forward(flat, rows(w_gate), rows(w_up), *dense(b_gate, b_up), h, gate, up)
         ctx.save_for_backward(flat, w_gate, w_up, gate, up)
         ctx.bias_dtype = None if b_gate is None else b_gate.dtype
         return h.view(*x.shape[:-1], h.shape[-1])

@@ -1,0 +1,42 @@
+"""Corrections of Triton's interpreter, so that on a CPU it computes what a GPU would.
+
+Without them a bfloat16 tl.dot multiplies the raw bit patterns (wrong by ten orders of magnitude), and a cast from
+float32 to bfloat16 cuts off instead of rounding to nearest even.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def correct() -> None:
+    """Install the corrections; twice is once."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "corrected", False):
+        return
+    builder.corrected = True
+    dot, cast = builder.create_dot, interpreter._convert_float
+
+    def is_bf16(handle) -> bool:
+        return handle.dtype.scalar == tl.bfloat16
+
+    def widened(handle):
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def corrected_dot(self, a, b, d, *rest):
+        a, b = (widened(x) if is_bf16(x) else x for x in (a, b))
+        return dot(self, a, b, d, *rest)
+
+    def corrected_cast(data, src_type, dst_type, rounding):
+        if src_type == tl.float32 and dst_type == tl.bfloat16:
+            bits = data.view(np.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            # rounding must not carry a nan into infinity or beyond
+            return np.where(np.isnan(data), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+        return cast(data, src_type, dst_type, rounding)
+
+    builder.create_dot, interpreter._convert_float = corrected_dot, corrected_cast
