@@ -37,23 +37,23 @@ from . import library_attention, offline, reference, tuning
 from .tuning import SHARED_KB, Tile
 
 GRID = """
-op             kernels                type     rows  M          N                     K       warps   stages
-swiglu         swiglu.forward         half     64    16,32      32,64,128             64,128  4       3,4,5
-swiglu         swiglu.forward         half     any   64,128     64,128                32,64   4,8     2,3,4
-swiglu         swiglu.forward         float32  any   32,64,128  32,64                 16,32   4,8     2,3
-qkv            qkv_rope.project       half     64    16,32      32,64,128             64,128  4       3,4,5
-qkv            qkv_rope.project       half     any   64,128     64,128                32,64   4,8     2,3,4
-qkv            qkv_rope.project       float32  any   32,64,128  32,64                 16,32   4,8     2,3
-attention      attention.forward      half     64    16,32,64   16,32,64              0       4       2,3
-attention      attention.forward      half     any   64,128     32,64,128             0       4,8     2,3,4
-attention      attention.forward      float32  any   16,32,64   16,32,64              0       4,8     1,2,3
-attention_dq   attention.queries      half     any   32,64,128  32,64,128             0       4,8     2,3
-attention_dq   attention.queries      float32  any   16,32,64   16,32,64              0       4,8     1,2
-attention_dkv  attention.keys         half     any   32,64,128  32,64,128             0       4,8     2,3
-attention_dkv  attention.keys         float32  any   16,32,64   16,32,64              0       4,8     1,2
-rms_norm       rms_norm.forward       any      any   1,2,4      0                     0       1,2,4   1
-swiglu_mul     swiglu.gate            any      any   0          512,1024,2048,4096    0       4,8     1
-cross_entropy  linear_cross_entropy.  any      any   0          2048,4096,8192,16384  0       4,8,16  1
+op             kernels                type     rows  M           N                     K       warps   stages
+swiglu         swiglu.forward         half     64    16,32       32,64,128             64,128  4       3,4,5
+swiglu         swiglu.forward         half     any   64,128      64,128                64      4,8     2,3,4
+swiglu         swiglu.forward         float32  any   32,64,128   32,64                 32      4,8     2,3
+qkv            qkv_rope.project       half     64    16,32       32,64,128             64,128  4       3,4,5
+qkv            qkv_rope.project       half     any   64,128,256  64,128                64      4,8     3,4
+qkv            qkv_rope.project       float32  any   32,64,128   32,64                 32      4,8     2,3
+attention      attention.forward      half     64    16,32,64    16,32,64              0       4       2,3
+attention      attention.forward      half     any   64,128      32,64,128             0       4,8     2,3
+attention      attention.forward      float32  any   16,32,64    16,32,64              0       4,8     2
+attention_dq   attention.queries      half     any   64,128      32,64,128             0       4,8     2,3
+attention_dq   attention.queries      float32  any   16,32,64    16,32,64              0       4,8     2
+attention_dkv  attention.keys         half     any   32,64,128   64,128                0       4,8     2,3
+attention_dkv  attention.keys         float32  any   16,32,64    16,32,64              0       4,8     2
+rms_norm       rms_norm.forward       any      any   1,2,4       0                     0       1,2,4   1
+swiglu_mul     swiglu.gate            any      any   0           512,1024,2048,4096    0       4,8     1
+cross_entropy  linear_cross_entropy.  any      any   0           2048,4096,8192,16384  0       4,8,16  1
 """
 """Candidates: every combination within a line, for the kernels whose names begin so. Of an op's lines the first that
 fits is used, as in tuning.TABLE."""
@@ -135,9 +135,9 @@ def examine(op: str, setting: Setting) -> list[Candidate]:
             reason = str(error).strip().partition("\n")[0][:60]
             found.append(Candidate(tile, faults=(f"does not compile: {reason}",)))
             continue
-        worst = (max(line[name] for line in lines) for name in ("registers", "spill_bytes", "shared_bytes"))
-        faults = dict.fromkeys(fault for line in lines for fault in offline.faults(line))
-        found.append(Candidate(tile, *worst, tuple(faults)))
+        line = max(lines, key=lambda line: (len(offline.faults(line)), line["spill_bytes"], line["registers"]))
+        sizes = (line[name] for name in ("registers", "spill_bytes", "shared_bytes"))
+        found.append(Candidate(tile, *sizes, tuple(offline.faults(line))))
     return found
 
 
@@ -289,8 +289,8 @@ def rendered(op: str, type_name: str, rows: str, kb: int, tile: Tile, why: str) 
 
 
 def with_tile(text: str, op: str, setting: Setting, winner: Tile, why: str) -> str:
-    """tuning.py's text with this tile in TABLE: in place of the line in use if that is for this type and this much memory
-    alone, else above it."""
+    """tuning.py's text with this tile in TABLE: in place of the line in use if that is for this type and memory alone,
+    else above it."""
     found = table_in(text, "TABLE")
     header, *lines = found[0].splitlines()
     case = _, type_name, _, kb = setting.case(op)

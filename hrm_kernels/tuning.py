@@ -72,7 +72,7 @@ class _Line(NamedTuple):
         return self.op == op and self.type in ("any", type_name) and rows <= self.rows and self.shared_kb <= shared_kb
 
 
-SHARED_KB = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """Compute capability -> shared memory of one program in KB (CUDA C++ programming guide, table of technical data)."""
 
 _assumed: int | None = None

@@ -6,6 +6,10 @@ float32 to bfloat16 cuts off instead of rounding to nearest even.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
 import numpy as np
 
 
@@ -40,3 +44,49 @@ def correct() -> None:
         return cast(data, src_type, dst_type, rounding)
 
     builder.create_dot, interpreter._convert_float = corrected_dot, corrected_cast
+    _patch_once(interpreter)
+
+
+def _patch_once(interpreter) -> None:
+    """Spare a kernel's helper functions the exchange of Triton's language for the interpreter's that the kernel itself
+    has made already: a third of the time of an attention kernel."""
+    import triton.language as tl
+
+    exchange, exchanged = interpreter._patch_lang, set()
+
+    class Nothing:
+        def restore(self) -> None:
+            pass
+
+    def once(function):
+        languages = {id(v) for v in function.__globals__.values() if v is tl or v is tl.core} - exchanged
+        if not languages:
+            return Nothing()
+        scope = exchange(function)
+        if not hasattr(scope, "restore"):  # another Triton: as it is
+            return scope
+        restore = scope.restore
+        exchanged.update(languages)
+
+        def restored() -> None:
+            exchanged.difference_update(languages)
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    interpreter._patch_lang = once
+
+
+@contextlib.contextmanager
+def without_overflow_checks() -> Iterator[None]:
+    """Every sum and product of integers is checked for overflow, a fifth of the time. Tests of single ops keep that."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    before = builder.options
+    builder.options = dataclasses.replace(before, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        builder.options = before

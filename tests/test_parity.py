@@ -502,7 +502,7 @@ def test_a_second_backward_through_the_same_graph_gives_the_same(op):
 
 # -- whole models ------------------------------------------------------------------------------------------------------
 
-SOME = slice(None) if DEVICE.type == "cuda" else slice(0, 3)
+SOME = slice(None) if DEVICE.type == "cuda" else slice(0, 2)
 """Rows of the golden batches: the interpreter takes a second a row and step."""
 
 
@@ -561,12 +561,12 @@ def test_gradients_of_a_model_with_kernels_under_autocast(golden):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padded", [False, True])
-def test_model_in_bfloat16_with_kernels(golden, padded):
-    """Rows far from the threshold run as many steps with kernels as without; at equal depth the error against float64
-    is at most 1.2 times the reference's own."""
+def test_model_in_bfloat16_with_kernels(golden):
+    """Padded rows. Those far from the threshold run as many steps with kernels as without; at equal depth the error
+    against float64 is at most 1.2 times the reference's own."""
     ids = golden.numbers["input_ids"][SOME].to(DEVICE)
-    lengths = torch.arange(len(ids), device=DEVICE) % 3 * 5 + ids.shape[1] - 10 if padded else None
+    lengths = ids.shape[1] - 5 * (torch.arange(len(ids), device=DEVICE) % 3)
+    real = torch.arange(ids.shape[1], device=DEVICE) < lengths[:, None]
     model = golden.model().to(DEVICE, torch.bfloat16)
     reference, fused = (f(model, ids, lengths=lengths) for f in (without_kernels, with_kernels))
     near = (reference.q_logits[:, 0] + golden.config.halt_bias - reference.q_logits[:, 1]).abs() <= 5e-2
@@ -574,15 +574,12 @@ def test_model_in_bfloat16_with_kernels(golden, padded):
     assert torch.equal(fused.executed_steps[~near], reference.executed_steps[~near])
 
     depth = reference.executed_steps.tolist()
+    if fused.executed_steps.tolist() != depth:
+        fused = with_kernels(model, ids, lengths=lengths, force_steps=depth)
     exact = golden.model().to(DEVICE, torch.float64)
     exact.load_state_dict(model.state_dict())
-    real = torch.arange(ids.shape[1], device=DEVICE) < (ids.shape[1] if lengths is None else lengths[:, None])
-    real = real.expand(ids.shape)
     truth = without_kernels(exact, ids, lengths=lengths, force_steps=depth).logits[real]
-    own, ours = (
-        relative_error(f(model, ids, lengths=lengths, force_steps=depth).logits[real], truth)
-        for f in (without_kernels, with_kernels)
-    )
+    own, ours = relative_error(reference.logits[real], truth), relative_error(fused.logits[real], truth)
     assert 0 < ours <= 1.2 * own, f"{ours:.2e} with kernels, {own:.2e} without"
 
 
@@ -590,7 +587,7 @@ def test_training_with_kernels_follows_the_same_curve():
     """Ten AdamW steps of a small model through the interpreter, a hundred on a GPU: losses within 1e-3 all along."""
     n_steps = 10 if DEVICE.type == "cpu" else 100
     shape = dict(vocab_size=97, n_embd=32, block_size=24, n_head=4, n_kv_head=2, n_input_layers=1, n_output_layers=1)
-    shape |= dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=2, hrm_max_steps=3, dropout=0.0)
+    shape |= dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=1, hrm_max_steps=2, dropout=0.0)
 
     def curve(forward) -> list[float]:
         torch.manual_seed(0)
@@ -600,9 +597,9 @@ def test_training_with_kernels_follows_the_same_curve():
         losses = []
         for step in range(n_steps):
             # sequences with a rule, so that there is something to learn: each token is the one before plus a constant
-            start = torch.randint(0, 97, (4, 1), generator=generator)
-            ids = ((start + 5 * torch.arange(20)) % 97).to(DEVICE)
-            depth = [1 + (step + row) % 3 for row in range(4)]
+            start = torch.randint(0, 97, (2, 1), generator=generator)
+            ids = ((start + 5 * torch.arange(25)) % 97).to(DEVICE)
+            depth = [1 + (step + row) % 2 for row in range(2)]
             loss = forward(model, ids[:, :-1], ids[:, 1:], force_steps=depth).loss
             optimizer.zero_grad()
             with model_tiles():

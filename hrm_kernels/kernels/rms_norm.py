@@ -137,8 +137,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dsum, dy):
         s, w, rstd = ctx.saved_tensors
-        dy_rows = rows(dy)
-        dsum_rows = None if dsum is None else rows(dsum)
+        # not rows(): it asks for strides, and torch.compile cannot trace that of a gradient
+        dy_rows = dy.reshape(s.shape).contiguous()
+        dsum_rows = None if dsum is None else dsum.reshape(s.shape).contiguous()
         ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
         dw = torch.empty(w.shape, dtype=torch.float32, device=w.device)
         _launch_backward(s, w, rstd, dy_rows, dsum_rows, ds, dw)
