@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,19 +12,20 @@ from torch import Tensor
 _local = threading.local()
 
 
-class shared_casts:
-    """Within this block a weight is cast once, however often it is used. A model's forward pass enters it.
+@contextlib.contextmanager
+def shared_casts() -> Iterator[None]:
+    """Within this block (or a function decorated with it) a weight is cast once, however often it is used.
 
-    The block must be shorter than anything that changes weights; copies that carry gradient history are kept apart
-    from copies that do not. While torch.compile traces, every use casts: the compiler removes repetitions itself.
+    A model's forward pass is such a block: nothing changes weights while it lasts, and autograd adds up the gradients
+    of all uses. Copies that carry gradient history are kept apart from copies that do not. While torch.compile traces,
+    every use casts: the compiler removes repetitions itself.
     """
-
-    def __enter__(self) -> None:
-        self.before = getattr(_local, "copies", None)
-        _local.copies = {} if self.before is None else self.before
-
-    def __exit__(self, *exc) -> None:
-        _local.copies = self.before
+    before = getattr(_local, "copies", None)
+    _local.copies = {} if before is None else before
+    try:
+        yield
+    finally:
+        _local.copies = before
 
 
 def in_autocast(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ where `triton` asks for them.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -34,8 +35,11 @@ OPS = (
 )
 LIBRARIES = {"attention": {"sdpa": library_attention.sdpa, "flash": library_attention.flash}}
 
+OLDEST = (8, 0)
+"""Compute capability from which Triton has matrix instructions for bfloat16."""
+
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 class BackendError(RuntimeError):
@@ -104,12 +108,20 @@ def why_no_kernel(op: str, device: torch.device) -> str | None:
     """None if the Triton kernel of `op` can run on `device`, else the reason in words."""
     if not _TRITON_INSTALLED:
         return "the package triton is not installed (pip install 'triton>=3.6')"
-    if device.type == "cpu" and _INTERPRETED:
+    if device.type == "cpu" and INTERPRETED:
         return None
     if device.type not in ("cuda", "meta"):
         hint = ", or a CPU with TRITON_INTERPRET=1" if device.type == "cpu" else ""
         return f"the tensors are on {device.type}, Triton kernels need a CUDA device{hint}"
+    if device.type == "cuda" and _capability(device.index) < OLDEST:
+        found, least = (".".join(map(str, c)) for c in (_capability(device.index), OLDEST))
+        return f"the GPU has compute capability {found}, Triton kernels need {least} or later"
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _setting(op: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor
 
 import hrm_kernels as ops
 
+from .backend import INTERPRETED
 from .tuning import SHARED_KB, assume
 
 BASE = {"width": 448, "n_head": 8, "n_kv_head": 4, "hidden": 1792, "vocab": 50304}
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="tokens a row (default 512)")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; kernels that are interpreted are not compiled: unset it")
     if reason := ops.why_no_kernel("rms_norm", torch.device("meta")):
         parser.error(reason)

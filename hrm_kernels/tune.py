@@ -34,6 +34,7 @@ from tqdm import tqdm
 import hrm_kernels as ops
 
 from . import library_attention, offline, reference, tuning
+from .backend import INTERPRETED
 from .tuning import SHARED_KB, Tile
 
 GRID = """
@@ -65,6 +66,8 @@ CHOICE_TOKENS = (128, 512, 2048)
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2)}
 """||out - truth|| / ||truth|| at most: forward alone, and where a gradient is among the results."""
 LEAST_GAIN = 1.02
+FEW_ROWS = 64
+"""What is timed with at most so many rows is written for so many, not for all."""
 TABLES = Path(tuning.__file__)
 
 
@@ -108,7 +111,8 @@ def tiles(op: str, setting: Setting) -> tuple[str, list[Tile]]:
 def starts(op: str, kernels: str, tile: Tile, setting: Setting) -> dict[str, Any]:
     """The starts of the kernels that `tile` serves, under what distinguishes them for the compiler."""
     with tuning.assume(setting.arch), tuning.use_tiles(**{op: tile}):
-        found = offline.launches(setting.dtype, setting.batch, setting.tokens, offline.BASE)
+        # more samples compile to the same
+        found = offline.launches(setting.dtype, min(setting.batch, 64), setting.tokens, offline.BASE)
     chosen = {}
     for launch in found:
         fn = launch.kernel.fn
@@ -235,7 +239,7 @@ def work(op: str, setting: Setting, device: str = "cuda") -> Work:
     return Work(*works[op])
 
 
-def times(runs: dict[Hashable, Callable[[], Any]], rounds: int) -> dict[Hashable, float]:
+def times(runs: dict[Hashable, Callable[[], Any]], rounds: int = 100) -> dict[Hashable, float]:
     """Median milliseconds of each, taking turns, so that a clock that changes changes all alike."""
     # 1 GB of stores empties the L2 cache and lasts longer than Python needs to queue an op
     scratch = torch.empty(2**29, dtype=torch.uint8, device="cuda")
@@ -252,7 +256,7 @@ def times(runs: dict[Hashable, Callable[[], Any]], rounds: int) -> dict[Hashable
     return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
 
 
-def contest(job: Work, scopes: dict[Hashable, Callable], present: Hashable, limit: float) -> tuple[dict, dict]:
+def contest(job: Work, scopes: dict[Hashable, Callable], limit: float) -> tuple[dict, dict]:
     """(milliseconds, why there are none) of `job` within each scope. Numbers are checked before anything is timed."""
     from triton.errors import TritonError
 
@@ -271,10 +275,7 @@ def contest(job: Work, scopes: dict[Hashable, Callable], present: Hashable, limi
             runs[name] = partial(within, scope, job.run)
         else:
             faults[name] = f"WRONG: relative error {error:.1e}, at most {limit:.0e} is allowed"
-    ms = times(runs, 20)
-    # the best of many was also lucky: the first three and the one in use run again, longer
-    finalists = dict.fromkeys([*sorted(ms, key=ms.get)[:3], *({present} & ms.keys())])
-    return ms | times({name: runs[name] for name in finalists}, 100), faults
+    return times(runs), faults
 
 
 def table_in(text: str, name: str) -> re.Match:
@@ -282,21 +283,22 @@ def table_in(text: str, name: str) -> re.Match:
     return re.search(rf'(?<=^{name} = """\n)(.*?\n)(?="""$)', text, re.DOTALL | re.MULTILINE)
 
 
-def rendered(op: str, type_name: str, rows: str, kb: int, tile: Tile, why: str) -> str:
+def rendered(op: str, type_name: str, rows: str, kb: str, tile: Tile, why: str) -> str:
     """A line of tuning.TABLE."""
     m, n, k, warps, stages = tile
     return f"{op:<21}{type_name:<8}{rows:>4}{kb:>5}{m:>5}{n:>5}{k:>5}{warps:>6}{stages:>7}  {why}".rstrip()
 
 
 def with_tile(text: str, op: str, setting: Setting, winner: Tile, why: str) -> str:
-    """tuning.py's text with this tile in TABLE: in place of the line in use if that is for this type and memory alone,
-    else above it."""
+    """tuning.py's text with this tile in TABLE: in place of the line in use if that is for this type, memory and number
+    of rows (few or any), else above it."""
     found = table_in(text, "TABLE")
     header, *lines = found[0].splitlines()
-    case = _, type_name, _, kb = setting.case(op)
+    case = _, type_name, n_rows, kb = setting.case(op)
     index, old = next((i, line) for i, line in enumerate(tuning._parse(found[0])) if line.fits(*case))
-    new = rendered(op, type_name, lines[index].split()[2], kb, winner, why)
-    lines[index : index + 1] = [new] if (old.type, old.shared_kb) == (type_name, kb) else [new, lines[index]]
+    place = [op, type_name, str(FEW_ROWS) if n_rows <= FEW_ROWS < old.rows else lines[index].split()[2], str(kb)]
+    new = rendered(*place, winner, why)
+    lines[index : index + 1] = [new] if lines[index].split()[:4] == place else [new, lines[index]]
     table = "\n".join([header, *lines]) + "\n"
     assert next(line.tile for line in tuning._parse(table) if line.fits(*case)) == winner
     return text[: found.start()] + table + text[found.end() :]
@@ -360,11 +362,11 @@ def tune(op: str, setting: Setting, gpu: str, save: bool) -> bool:
     present = found[0].tile
     scopes = {c.tile: partial(tuning.use_tiles, **{op: c.tile}) for c in found if not c.faults or c.tile == present}
     job = work(op, setting)
-    ms, faults = contest(job, scopes, present, TOLERANCE[setting.dtype][job.with_gradient])
+    ms, faults = contest(job, scopes, TOLERANCE[setting.dtype][job.with_gradient])
     show(op, type_name, found, ms, faults)
     if save and ms:
         best = min(ms, key=ms.get)
-        gain = ms[present] / ms[best] if present in ms else float("inf")
+        gain = ms[present] / ms[best] if present in ms else float("inf")  # what is in use does not run or is wrong
         why = f"{gpu}, {setting.batch}x{setting.tokens}: {ms[best]:.3f} ms, {gain:.2f}x"
         if gain > LEAST_GAIN:
             use(with_tile(TABLES.read_text(encoding="utf-8"), op, setting, best, why))
@@ -379,7 +381,7 @@ def choose(rows: int, arch: int, gpu: str, save: bool) -> bool:
     fastest, right = {}, True
     for tokens in CHOICE_TOKENS:
         setting = Setting(torch.bfloat16, max(1, rows // tokens), tokens, arch)
-        ms, faults = contest(work(CHOICE, setting), scopes, "triton", TOLERANCE[setting.dtype][1])
+        ms, faults = contest(work(CHOICE, setting), scopes, TOLERANCE[setting.dtype][1])
         right = right and "triton" not in faults
         for name in names:
             result = f"{ms[name]:.4f} ms" if name in ms else faults[name]
@@ -412,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.write and not gpu:
         print("error: --write needs times, and times need a GPU; leave --write out", file=sys.stderr)
         return 2
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; kernels that are interpreted are not compiled: unset it")
     if reason := ops.why_no_kernel("rms_norm", torch.device("meta")):
         parser.error(reason)

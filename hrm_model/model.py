@@ -86,6 +86,7 @@ class HRMForCausalLM(nn.Module):
         """Where the weights are."""
         return self.wte.weight.device
 
+    @ops.shared_casts()
     def forward(
         self,
         ids_BT: Tensor,

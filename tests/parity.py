@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -18,6 +19,9 @@ if DEVICE.type == "cpu":
     import interpreter
 
     interpreter.correct()
+
+COMPILING = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+"""Environment of a process in which kernels are compiled, not interpreted."""
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 1e-2), torch.float16: (1e-3, 2e-3)}
 """dtype -> relative error ||found - truth|| / ||truth|| allowed forward and in gradients."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import DEVICE, model_tiles, random, small_tiles
+from parity import COMPILING, DEVICE, model_tiles, random, small_tiles
 from test_parity import OP_NAMES, calls_of_every_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,8 +20,6 @@ from hrm_kernels.backend import LIBRARIES
 from hrm_model import HRMConfig, HRMForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILING = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-"""Environment of a process in which kernels are compiled, not interpreted."""
 
 
 def floats(inputs: dict[str, torch.Tensor], grad: bool = True) -> dict[str, torch.Tensor]:
@@ -39,6 +36,7 @@ def first(result):
 @OP_NAMES
 def test_under_torch_compile_there_is_no_graph_break_and_the_same_comes_out(op):
     call, inputs = calls_of_every_op()[op]
+    torch.compiler.reset()
     compiled = torch.compile(lambda **t: first(call(**t)), fullgraph=True, backend="aot_eager")
     with small_tiles(), ops.use_backend("triton"):
         plain, traced = floats(inputs), floats(inputs)
@@ -209,6 +207,13 @@ def test_triton_by_name_on_a_cpu_says_why_not():
     done = run_python(code)
     expected = "rms_norm: the tensors are on cpu, Triton kernels need a CUDA device, or a CPU with TRITON_INTERPRET=1"
     assert expected in done.stderr and "use 'auto' or 'reference'" in done.stderr
+
+
+def test_products_of_float32_are_as_exact_as_torch_was_told():
+    code = "import torch; from hrm_kernels.kernels.launch import precision as p; b = torch.backends\n"
+    code += "print(p(torch.float32)); b.cuda.matmul.fp32_precision = 'tf32'; print(p(torch.float32))\n"
+    code += "b.cuda.matmul.fp32_precision = 'ieee'; print(p(torch.float32), p(torch.bfloat16))"
+    assert run_python(code).stdout.split() == ["tf32x3", "tf32", "tf32x3", "tf32"]
 
 
 def test_importing_the_package_does_not_import_triton():

@@ -453,6 +453,21 @@ def test_views_that_are_not_contiguous_give_the_same(op):
         assert torch.allclose(viewed[name], plain[name], rtol=1e-5, atol=1e-6), name
 
 
+def test_biases_and_lengths_may_be_views_too():
+    call = rope_gqa_attention_of(9, 8)
+    inputs = {k: t.float() for k, t in {"x": random(2, 9, 16, seed=1), **projection(16, 2, 1, 8, True)}.items()}
+    lengths = torch.tensor([9, 0, 4, 0], device=DEVICE)[::2]
+    qkv, w, b = random(2, 9, 32, seed=2).float(), random(2, 16, seed=4).float(), random(2, seed=5).float()
+    with small_tiles():
+        plain = run("triton", call, inputs, random_gradient)
+        viewed = run("triton", call, {k: strided(t) for k, t in inputs.items()}, random_gradient)
+        assert all(torch.allclose(viewed[k], plain[k], rtol=1e-5, atol=1e-6) for k in plain)
+        with ops.use_backend("triton"):
+            assert torch.equal(ops.attention(qkv, 2, 1, lengths), ops.attention(qkv, 2, 1, lengths.clone()))
+            expected, _ = ops.halting(inputs["x"], w, b, 0.0, lengths.clone())
+            assert torch.equal(ops.halting(inputs["x"], w, strided(b), 0.0, lengths)[0], expected)
+
+
 @OP_NAMES
 def test_a_gradient_of_stride_0_is_like_any_other(op):
     call, inputs = calls_of_every_op()[op]

@@ -74,7 +74,7 @@ def test_a_line_is_written_as_the_table_writes_it():
     for line in lines:
         op, type_name, rows, kb, m, n, k, warps, stages, *why = line.split(maxsplit=9)
         tile = Tile(int(m), int(n), int(k), int(warps), int(stages))
-        assert tune.rendered(op, type_name, rows, int(kb), tile, why[0] if why else "") == line
+        assert tune.rendered(op, type_name, rows, kb, tile, why[0] if why else "") == line
     assert len(lines) > 10
 
 
@@ -107,6 +107,11 @@ def test_lines_for_few_rows_and_for_many_are_apart(tmp_path):
     before, after = answers(TEXT, tmp_path), answers(text, tmp_path)
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {("qkv", torch.bfloat16, rows, arch) for rows in (1, 64) for arch in (90, 100)}
+    text = tune.with_tile(TEXT, "attention_dq", tune.Setting(torch.float32, 16, 1, 86), NEW, "")
+    after = answers(text, tmp_path)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {("attention_dq", torch.float32, rows, arch) for rows in (1, 64) for arch in (80, 86, 90, 100)}
+    assert len(changes(text)) == 1, "a line for any number of rows stays when few were timed"
 
 
 def test_the_fastest_attention_is_written_for_rows_of_at_most_so_many_tokens(tmp_path):

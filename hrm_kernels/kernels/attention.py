@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import kernel_op, launch, precision
+from .launch import dense, kernel_op, launch, precision
 from .parts import rotated
 from .qkv_rope import project, project_backward, rotary_row_stride
 
@@ -354,6 +354,7 @@ def attention(
     qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
     qkv = qkv.to(compute_dtype(qkv))
+    (lengths,) = dense(lengths)
     return _Attention.apply(qkv, lengths, _seed(dropout_p, qkv.device), n_head, n_kv_head, dropout_p)
 
 
@@ -371,7 +372,7 @@ def rope_gqa_attention(
 ) -> Tensor:
     dtype = compute_dtype(x)
     weights = (cast(w, dtype) for w in (w_q, w_k, w_v))
-    rotary = None if rotary is None else rotary.contiguous()
+    rotary, lengths = dense(rotary, lengths)
     seed = _seed(dropout_p, x.device)
     bias = biases or (None, None, None)
     return _RopeGQAAttention.apply(x, *weights, *bias, rotary, lengths, seed, n_head, n_kv_head, dropout_p)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import tile
-from .launch import kernel_op, launch
+from .launch import dense, kernel_op, launch
 
 MOST_ROWS = 4096
 """Rows that the last program holds at once."""
@@ -157,8 +157,9 @@ def keep_books(z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float, lengths: Ten
     Rows that are not active are neither read nor written. No synchronisation.
     """
     partial, ticket = _scratch(z_H)
+    w, b, lengths = dense(w, b, lengths)
     _launch(
-        z_H, w.contiguous(), b.contiguous(), lengths, partial, ticket,
+        z_H, w, b, lengths, partial, ticket,
         books.q, books.halted, books.active, books.n_active, books.executed, books.limit, books.may_halt, halt_bias,
     )  # fmt: skip
 
@@ -167,11 +168,12 @@ class _Halting(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_H, w, b, lengths, halt_bias):
         z_H = z_H if z_H.stride(2) == 1 else z_H.contiguous()
+        w, b, lengths = dense(w, b, lengths)
         partial, ticket = _scratch(z_H)
         q = torch.empty((z_H.shape[0], 2), dtype=torch.float32, device=z_H.device)
         halt = torch.empty(z_H.shape[0], dtype=torch.int8, device=z_H.device)
         books = None, None, None, None, None
-        _launch(z_H, w.contiguous(), b.contiguous(), lengths, partial, ticket, q, halt, *books, halt_bias)
+        _launch(z_H, w, b, lengths, partial, ticket, q, halt, *books, halt_bias)
         ctx.save_for_backward(z_H, w, lengths)
         ctx.b_dtype = b.dtype
         halt = halt.bool()

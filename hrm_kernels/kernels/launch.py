@@ -104,8 +104,10 @@ def dense(*tensors: Tensor | None) -> list[Tensor | None]:
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: float32 as three tf32 products (about 2^-21 relative, on tensor cores), unless torch was
     told that one will do. Narrower types are multiplied exactly and accumulated in float32 whatever this says."""
-    one_will_do = torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if dtype != torch.float32 or one_will_do else "tf32x3"
+    told = torch.backends.cuda.matmul.fp32_precision
+    if told == "none":  # nothing said of products alone: what was said of everything
+        told = torch.backends.fp32_precision
+    return "tf32" if dtype != torch.float32 or told == "tf32" else "tf32x3"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -165,5 +165,5 @@ def qkv_rope(
 ) -> Tensor:
     dtype = compute_dtype(x)
     weights = (cast(w, dtype) for w in (w_q, w_k, w_v))
-    rotary = None if rotary is None else rotary.contiguous()
+    (rotary,) = dense(rotary)
     return _QKVRope.apply(x, *weights, *(biases or (None, None, None)), rotary)

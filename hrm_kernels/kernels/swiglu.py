@@ -153,15 +153,15 @@ class _SwiGLU(torch.autograd.Function):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
-        h = torch.empty_like(gate)
-        _launch_gate_forward(gate, up, h)
-        ctx.save_for_backward(gate, up)
-        return h
+        flat_gate, flat_up = dense(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, gate.shape[-1]))
+        h = torch.empty_like(flat_gate)
+        _launch_gate_forward(flat_gate, flat_up, h)
+        ctx.save_for_backward(flat_gate, flat_up)
+        return h.view(gate.shape)
 
     @staticmethod
     def backward(ctx, dh):
-        gate, up = (t.reshape(-1, t.shape[-1]) for t in ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         _launch_gate_backward(gate, up, dh.reshape(gate.shape).contiguous(), dgate, dup)
         return dgate.view(dh.shape), dup.view(dh.shape)

@@ -65,12 +65,13 @@ def choose_kernels(fused: str, device: torch.device) -> str:
         hrm_kernels.use_backend("triton")
     else:
         hrm_kernels.use_backend("reference" if fused == "off" else "auto")
-    if fused == "off":
-        return "reference for every op (--fused takes kernels where there are any)"
-    if device.type != "cuda":
-        return f"--fused: Triton kernels need a CUDA device and this is {device.type}; the reference trains"
-    chosen = ", ".join(f"{op}={name}" for op, name in hrm_kernels.describe(device).items())
-    return f"--fused: {chosen}"
+    chosen = hrm_kernels.describe(device)
+    if set(chosen.values()) == {"reference"}:
+        if fused == "off":
+            return "reference for every op (--fused takes kernels where there are any)"
+        return f"--fused: {next(iter(missing.values()), f'auto takes none on {device.type}')}; the reference trains"
+    how = "without --fused" if fused == "off" else "--fused"
+    return f"{how}: {', '.join(f'{op}={name}' for op, name in chosen.items())}"
 
 
 def compile_blocks(model: nn.Module) -> None:
