@@ -28,15 +28,29 @@ def shared_casts() -> Iterator[None]:
         _local.copies = before
 
 
+_assumed: torch.dtype | None = None
+
+
+@contextlib.contextmanager
+def assume(dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to `dtype` for tensors without memory, which torch's does not know. For the offline compile check."""
+    global _assumed
+    _assumed = dtype
+    try:
+        yield
+    finally:
+        _assumed = None
+
+
 def in_autocast(x: Tensor) -> bool:
     """Whether an autocast region is in force for x's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return _assumed is not None if x.device.type == "meta" else torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with x computes in: autocast's type inside its region, else x's own."""
     if in_autocast(x) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+        return torch.get_autocast_dtype(x.device.type) if _assumed is None else _assumed
     return x.dtype
 
 

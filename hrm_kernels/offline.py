@@ -27,6 +27,7 @@ from torch import Tensor
 
 import hrm_kernels as ops
 
+from . import autocast
 from .backend import INTERPRETED
 from .tuning import SHARED_KB, assume
 
@@ -38,7 +39,8 @@ _TYPES |= {torch.int32: "i32", torch.int8: "i8"}
 
 
 def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) -> list:
-    """What every op starts for `rows` x `tokens` at the model size `shape`, forward alone and with gradients."""
+    """What every op starts for `rows` x `tokens` at the model size `shape`, forward alone and with gradients; for a
+    half type also under autocast to it, where x is float32 and weights are not."""
     from .kernels.halting import Books, keep_books
     from .kernels.launch import record
 
@@ -67,13 +69,27 @@ def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) 
         lambda: ops.linear_cross_entropy(flat, table, targets),
         lambda: ops.halting(x, *head)[0],
     ]
+    wide = tensor(rows, tokens, c, of=torch.float32)
+    under_autocast = [
+        lambda: ops.add_rms_norm(wide, branch, norm),
+        lambda: ops.swiglu(wide, tensor(f, c), tensor(f, c)),
+        lambda: ops.rope_gqa_attention(wide, *projections, None, rotary, h, k),
+    ]
+
+    def forward_and_backward(call) -> None:
+        with torch.no_grad():
+            call()
+        result = call()
+        result = result if isinstance(result, tuple) else (result,)
+        torch.autograd.backward(result, [torch.empty_like(r) for r in result])
+
     with record() as found, ops.use_backend("triton", **dict.fromkeys(ops.OPS, "triton")):
         for call in calls:
-            with torch.no_grad():
-                call()
-            result = call()
-            result = result if isinstance(result, tuple) else (result,)
-            torch.autograd.backward(result, [torch.empty_like(r) for r in result])
+            forward_and_backward(call)
+        if dtype != torch.float32:
+            with autocast.assume(dtype):
+                for call in under_autocast:
+                    forward_and_backward(call)
         books = Books.open(*(tensor(rows, of=torch.int32) for _ in range(2)))
         keep_books(x, *head, 0.0, lengths, books)
     return found
@@ -121,6 +137,7 @@ def compiled(launch, arch: int) -> dict[str, Any]:
     constants = {k: v for k, v in constants.items() if k.startswith("BLOCK")}
     return {
         "kernel": f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__.strip('_')}",
+        "first_argument": signature[next(iter(signature))].lstrip("*"),
         "arch": f"sm_{arch}",
         "tile": "x".join(str(v) for v in constants.values()),
         "num_warps": launch.options["num_warps"],
@@ -195,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set; kernels that are interpreted are not compiled: unset it")
     if reason := ops.why_no_kernel("rms_norm", torch.device("meta")):
         parser.error(reason)
-    heading = f"{'kernel':<38}{'dtype':<10}{'arch':<8}{'tile':<13}{'warps':>6}{'stages':>7}{'regs':>6}{'spill':>7}"
+    heading = f"{'kernel':<39}{'x':<6}{'arch':<8}{'tile':<13}{'warps':>6}{'stages':>7}{'regs':>6}{'spill':>7}"
     if not options.json:
         print(f"{heading}{'shared':>9}{'wide':>6}  matrix instruction")
     bad = 0
@@ -209,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(json.dumps({**line, "faults": wrong}), flush=True)
                     continue
                 print(
-                    f"{line['kernel']:<38}{line['dtype']:<10}{line['arch']:<8}{line['tile']:<13}{line['num_warps']:>6}"
+                    f"{line['kernel']:<39}{line['first_argument']:<6}{line['arch']:<8}{line['tile']:<13}{line['num_warps']:>6}"
                     f"{line['num_stages']:>7}{line['registers']:>6}{line['spill_bytes']:>7}{line['shared_bytes']:>9}"
                     f"{line['wide_loads']:>6}  {line['matrix_instruction']}{note}",
                     flush=True,

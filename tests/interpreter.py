@@ -1,7 +1,7 @@
 """Corrections of Triton's interpreter, so that on a CPU it computes what a GPU would.
 
 Without them a bfloat16 tl.dot multiplies the raw bit patterns (wrong by ten orders of magnitude), and a cast from
-float32 to bfloat16 cuts off instead of rounding to nearest even.
+float32 to bfloat16 cuts off instead of rounding to nearest even. Made for Triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _patch_once(interpreter) -> None:
         if not languages:
             return Nothing()
         scope = exchange(function)
-        if not hasattr(scope, "restore"):  # another Triton: as it is
-            return scope
+        # Triton 3.6 turns an array of one element into an int, which numpy 2.4 refuses: loop bounds are such arrays
+        scope.set_attr(tl.tensor, "__index__", lambda tensor: int(tensor.handle.data.squeeze()))
         restore = scope.restore
         exchanged.update(languages)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from bench.hrm_step import main as hrm_step_main
+from bench.ops import main as ops_main
+from hrm_kernels.offline import main as offline_main
 from hrm_model.training.flags import field_docs
 from hrm_model.training.recipes import TrainConfig
 from train.prepare import main as prepare_main
@@ -47,8 +49,9 @@ def test_every_module_of_the_packages_is_in_its_map():
 def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         prepare_main(["--help"])
-    with pytest.raises(SystemExit):
-        hrm_step_main(["--help"])
+    for command in (hrm_step_main, ops_main, offline_main):
+        with pytest.raises(SystemExit):
+            command(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     known |= {"--" + name.replace("_", "-") for name in field_docs(TrainConfig)} | {"--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))

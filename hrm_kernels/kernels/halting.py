@@ -121,18 +121,19 @@ def _decide(
                 tl.store(active_ptr + order - 1, rows, goes_on)
                 tl.store(n_active_ptr, tl.sum(goes_on.to(tl.int32), 0))
             tl.store(halt_ptr + rows, halt.to(tl.int8), live)
-            tl.store(ticket_ptr, 0)
 
 
 @kernel_op(
-    "halting_decide(Tensor z_H, Tensor w, Tensor b, Tensor? lengths, Tensor(a!) partial, Tensor(b!) ticket,"
-    " Tensor(c!) q, Tensor(d!) halt, Tensor(e!)? active, Tensor(f!)? n_active, Tensor(g!)? executed, Tensor? limit,"
-    " Tensor? may_halt, float halt_bias) -> ()"
+    "halting_decide(Tensor z_H, Tensor w, Tensor b, Tensor? lengths, Tensor(a!) q, Tensor(b!) halt,"
+    " Tensor(c!)? active, Tensor(d!)? n_active, Tensor(e!)? executed, Tensor? limit, Tensor? may_halt, float halt_bias)"
+    " -> ()"
 )
-def _launch(z_H, w, b, lengths, partial, ticket, q, halt, active, n_active, executed, limit, may_halt, halt_bias):
+def _launch(z_H, w, b, lengths, q, halt, active, n_active, executed, limit, may_halt, halt_bias):
     n_rows, n_tokens, n_channels = z_H.shape
     chosen = tile("halting", z_H.dtype, n_rows, z_H.device)
     n_parts = triton.cdiv(n_tokens, chosen.M)
+    partial = torch.empty((n_rows, n_parts, 2), dtype=torch.float32, device=z_H.device)
+    ticket = torch.zeros(1, dtype=torch.int32, device=z_H.device)
     launch(
         _decide, (n_rows * n_parts,),
         z_H, w, b, lengths, partial, ticket, q, halt, active, n_active, executed, limit, may_halt,
@@ -143,23 +144,14 @@ def _launch(z_H, w, b, lengths, partial, ticket, q, halt, active, n_active, exec
     )  # fmt: skip
 
 
-def _scratch(z_H: Tensor) -> tuple[Tensor, Tensor]:
-    """(sums of each row's parts, ticket): the smallest tile bounds how many parts there are."""
-    n_rows, n_tokens, _ = z_H.shape
-    parts = triton.cdiv(n_tokens, tile("halting", z_H.dtype, n_rows, z_H.device).M)
-    partial = torch.empty((n_rows, parts, 2), dtype=torch.float32, device=z_H.device)
-    return partial, torch.zeros(1, dtype=torch.int32, device=z_H.device)
-
-
 def keep_books(z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float, lengths: Tensor | None, books: Books) -> None:
     """After a step: score the active rows of z_H [B, T, C], count the step, and rewrite the list of rows that go on.
 
     Rows that are not active are neither read nor written. No synchronisation.
     """
-    partial, ticket = _scratch(z_H)
     w, b, lengths = dense(w, b, lengths)
     _launch(
-        z_H, w, b, lengths, partial, ticket,
+        z_H if z_H.stride(2) == 1 else z_H.contiguous(), w, b, lengths,
         books.q, books.halted, books.active, books.n_active, books.executed, books.limit, books.may_halt, halt_bias,
     )  # fmt: skip
 
@@ -169,11 +161,10 @@ class _Halting(torch.autograd.Function):
     def forward(ctx, z_H, w, b, lengths, halt_bias):
         z_H = z_H if z_H.stride(2) == 1 else z_H.contiguous()
         w, b, lengths = dense(w, b, lengths)
-        partial, ticket = _scratch(z_H)
         q = torch.empty((z_H.shape[0], 2), dtype=torch.float32, device=z_H.device)
         halt = torch.empty(z_H.shape[0], dtype=torch.int8, device=z_H.device)
         books = None, None, None, None, None
-        _launch(z_H, w, b, lengths, partial, ticket, q, halt, *books, halt_bias)
+        _launch(z_H, w, b, lengths, q, halt, *books, halt_bias)
         ctx.save_for_backward(z_H, w, lengths)
         ctx.b_dtype = b.dtype
         halt = halt.bool()
