@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import dense, kernel_op, launch, precision
+from .launch import cdiv, dense, kernel_op, launch, needs_grad, power_of_2, precision
 from .parts import rotated
 from .qkv_rope import project, project_backward, rotary_row_stride
 
@@ -250,7 +250,7 @@ def _launch_forward(qkv, lengths, seed, out, lse, n_head, n_kv_head, dropout_p):
     d = width // (n_head + 2 * n_kv_head)
     chosen = tile("attention", qkv.dtype, n_tokens, qkv.device)
     launch(
-        _forward, (triton.cdiv(n_tokens, chosen.M) * n_rows * n_head,),
+        _forward, (cdiv(n_tokens, chosen.M) * n_rows * n_head,),
         qkv, lengths, seed, out, lse, n_rows * n_head, n_tokens, _scale_log2(d), dropout_p,
         N_HEAD=n_head, N_KV=n_kv_head, D=d, D_PAD=_padded(d),
         HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0, PRECISION=precision(qkv.dtype),
@@ -270,13 +270,13 @@ def _launch_backward(qkv, rotary, lengths, seed, out, dout, lse, delta, dqkv, n_
     scalars = rotary_row_stride(rotary), 1 / math.sqrt(d), _scale_log2(d), dropout_p
     chosen = tile("attention_dq", qkv.dtype, n_tokens, qkv.device)
     launch(
-        _queries_backward, (triton.cdiv(n_tokens, chosen.M) * n_rows * n_head,),
+        _queries_backward, (cdiv(n_tokens, chosen.M) * n_rows * n_head,),
         qkv, rotary, lengths, seed, out, dout, lse, delta, dqkv, n_rows * n_head, n_tokens, *scalars,
         **sizes, **flags, BLOCK_M=chosen.M, BLOCK_N=chosen.N, **chosen.options,
     )  # fmt: skip
     chosen = tile("attention_dkv", qkv.dtype, n_tokens, qkv.device)
     launch(
-        _keys_backward, (triton.cdiv(n_tokens, chosen.N) * n_rows * n_kv_head,),
+        _keys_backward, (cdiv(n_tokens, chosen.N) * n_rows * n_kv_head,),
         qkv, rotary, lengths, seed, dout, lse, delta, dqkv, n_rows * n_kv_head, n_tokens, *scalars,
         **sizes, **flags, BLOCK_M=chosen.M, BLOCK_N=chosen.N, **chosen.options,
     )  # fmt: skip
@@ -289,7 +289,7 @@ def _scale_log2(d: int) -> float:
 
 def _padded(d: int) -> int:
     """Head size of a tile: a power of two and at least what a tensor-core product takes."""
-    return max(16, triton.next_power_of_2(d))
+    return max(16, power_of_2(d))
 
 
 def _attend(qkv, lengths, seed, n_head, n_kv_head, dropout_p):
@@ -355,7 +355,10 @@ def attention(
 ) -> Tensor:
     qkv = qkv.to(compute_dtype(qkv))
     (lengths,) = dense(lengths)
-    return _Attention.apply(qkv, lengths, _seed(dropout_p, qkv.device), n_head, n_kv_head, dropout_p)
+    seed = _seed(dropout_p, qkv.device)
+    if needs_grad(qkv):
+        return _Attention.apply(qkv, lengths, seed, n_head, n_kv_head, dropout_p)
+    return _attend(qkv.contiguous(), lengths, seed, n_head, n_kv_head, dropout_p)[0]
 
 
 def rope_gqa_attention(
@@ -371,8 +374,10 @@ def rope_gqa_attention(
     dropout_p: float = 0.0,
 ) -> Tensor:
     dtype = compute_dtype(x)
-    weights = (cast(w, dtype) for w in (w_q, w_k, w_v))
+    weights = tuple(cast(w, dtype) for w in (w_q, w_k, w_v))
     rotary, lengths = dense(rotary, lengths)
     seed = _seed(dropout_p, x.device)
-    bias = biases or (None, None, None)
-    return _RopeGQAAttention.apply(x, *weights, *bias, rotary, lengths, seed, n_head, n_kv_head, dropout_p)
+    biases = biases or (None, None, None)
+    if needs_grad(x, *weights, *biases):
+        return _RopeGQAAttention.apply(x, *weights, *biases, rotary, lengths, seed, n_head, n_kv_head, dropout_p)
+    return _attend(project(x, weights, biases, rotary), lengths, seed, n_head, n_kv_head, dropout_p)[0]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import tile
-from .launch import dense, kernel_op, launch
+from .launch import cdiv, dense, kernel_op, launch, needs_grad, power_of_2
 
 MOST_ROWS = 4096
 """Rows that the last program holds at once."""
@@ -131,7 +131,7 @@ def _decide(
 def _launch(z_H, w, b, lengths, q, halt, active, n_active, executed, limit, may_halt, halt_bias):
     n_rows, n_tokens, n_channels = z_H.shape
     chosen = tile("halting", z_H.dtype, n_rows, z_H.device)
-    n_parts = triton.cdiv(n_tokens, chosen.M)
+    n_parts = cdiv(n_tokens, chosen.M)
     partial = torch.empty((n_rows, n_parts, 2), dtype=torch.float32, device=z_H.device)
     ticket = torch.zeros(1, dtype=torch.int32, device=z_H.device)
     launch(
@@ -139,8 +139,8 @@ def _launch(z_H, w, b, lengths, q, halt, active, n_active, executed, limit, may_
         z_H, w, b, lengths, partial, ticket, q, halt, active, n_active, executed, limit, may_halt,
         n_rows, n_tokens, z_H.stride(0), z_H.stride(1), halt_bias,
         C=n_channels, HAS_LENGTHS=lengths is not None, HAS_BOOKS=active is not None,
-        BLOCK_T=chosen.M, BLOCK_C=triton.next_power_of_2(n_channels), BLOCK_B=triton.next_power_of_2(n_rows),
-        BLOCK_PARTS=triton.next_power_of_2(n_parts), **chosen.options,
+        BLOCK_T=chosen.M, BLOCK_C=power_of_2(n_channels), BLOCK_B=power_of_2(n_rows),
+        BLOCK_PARTS=power_of_2(n_parts), **chosen.options,
     )  # fmt: skip
 
 
@@ -156,18 +156,20 @@ def keep_books(z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float, lengths: Ten
     )  # fmt: skip
 
 
+def _score(z_H, w, b, lengths, halt_bias):
+    """(q [B, 2], decision [B])."""
+    q = torch.empty((z_H.shape[0], 2), dtype=torch.float32, device=z_H.device)
+    halt = torch.empty(z_H.shape[0], dtype=torch.int8, device=z_H.device)
+    _launch(z_H, w, b, lengths, q, halt, None, None, None, None, None, halt_bias)
+    return q, halt.bool()
+
+
 class _Halting(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_H, w, b, lengths, halt_bias):
-        z_H = z_H if z_H.stride(2) == 1 else z_H.contiguous()
-        w, b, lengths = dense(w, b, lengths)
-        q = torch.empty((z_H.shape[0], 2), dtype=torch.float32, device=z_H.device)
-        halt = torch.empty(z_H.shape[0], dtype=torch.int8, device=z_H.device)
-        books = None, None, None, None, None
-        _launch(z_H, w, b, lengths, q, halt, *books, halt_bias)
+        q, halt = _score(z_H, w, b, lengths, halt_bias)
         ctx.save_for_backward(z_H, w, lengths)
         ctx.b_dtype = b.dtype
-        halt = halt.bool()
         ctx.mark_non_differentiable(halt)
         return q, halt
 
@@ -188,4 +190,7 @@ class _Halting(torch.autograd.Function):
 def halting(
     z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float = 0.0, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _Halting.apply(z_H, w, b, lengths, halt_bias)
+    z_H = z_H if z_H.stride(2) == 1 else z_H.contiguous()
+    w, b, lengths = dense(w, b, lengths)
+    score = _Halting.apply if needs_grad(z_H, w, b) else _score
+    return score(z_H, w, b, lengths, halt_bias)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import kernel_op, launch, needs_grad
+from .launch import kernel_op, launch, needs_grad, power_of_2
 
 CHUNK_BYTES = 412_090_368
 """Logits alive at a time: 4096 rows of 50,304 bfloat16."""
@@ -86,7 +86,7 @@ def _chunks(x, w, targets, row_weight, loss, dx, dw, ignore_index, z_loss):
             _loss_and_gradient, (stop - start,),
             logits, targets[start:stop], None if dx is None else row_weight[start:stop], loss[start:stop],
             v, ignore_index, z_loss,
-            V=v, WITH_GRADIENT=dx is not None, BLOCK=min(chosen.N, triton.next_power_of_2(v)), **chosen.options,
+            V=v, WITH_GRADIENT=dx is not None, BLOCK=min(chosen.N, power_of_2(v)), **chosen.options,
         )  # fmt: skip
         if dx is not None:
             torch.mm(logits, w, out=dx[start:stop])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import dense, kernel_op, launch, precision, rows
+from .launch import cdiv, dense, kernel_op, launch, needs_grad, precision, rows
 from .parts import rotated, tile_of
 
 
@@ -99,7 +99,7 @@ def launch_qkv_rope(x, w_q, w_k, w_v, b_q, b_k, b_v, rotary, qkv, n_tokens):
     chosen = tile("qkv", w_q.dtype, m, x.device)
     aligned = all(address % 16 == 0 for address in (k * w_q.element_size(), *(w.data_ptr() for w in (w_q, w_k, w_v))))
     launch(
-        _project, (triton.cdiv(m, chosen.M) * triton.cdiv(qkv.shape[1], chosen.N),),
+        _project, (cdiv(m, chosen.M) * cdiv(qkv.shape[1], chosen.N),),
         x, w_q, w_k, w_v, b_q, b_k, b_v, rotary, qkv,
         m, n_tokens, x.stride(0), rotary_row_stride(rotary),
         K=k, N_Q=w_q.shape[0], N_KV=w_k.shape[0], D=2 if rotary is None else 2 * rotary.shape[-2],
@@ -112,7 +112,7 @@ def launch_qkv_rope(x, w_q, w_k, w_v, b_q, b_k, b_v, rotary, qkv, n_tokens):
 def launch_rotate_back(dqkv, rotary, out, n_tokens, n_rotated):
     chosen = tile("rotate", dqkv.dtype, dqkv.shape[0], dqkv.device)
     launch(
-        _rotate_back, (triton.cdiv(dqkv.numel(), chosen.N),),
+        _rotate_back, (cdiv(dqkv.numel(), chosen.N),),
         dqkv, rotary, out, dqkv.numel(), n_tokens, rotary_row_stride(rotary),
         N=dqkv.shape[1], N_ROTATED=n_rotated, D=2 * rotary.shape[-2], BLOCK=chosen.N, **chosen.options,
     )  # fmt: skip
@@ -164,6 +164,9 @@ def qkv_rope(
     rotary: Tensor | None = None,
 ) -> Tensor:
     dtype = compute_dtype(x)
-    weights = (cast(w, dtype) for w in (w_q, w_k, w_v))
+    weights = tuple(cast(w, dtype) for w in (w_q, w_k, w_v))
+    biases = biases or (None, None, None)
     (rotary,) = dense(rotary)
-    return _QKVRope.apply(x, *weights, *(biases or (None, None, None)), rotary)
+    if needs_grad(x, *weights, *biases):
+        return _QKVRope.apply(x, *weights, *biases, rotary)
+    return project(x, weights, biases, rotary)

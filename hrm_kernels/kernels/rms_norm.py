@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tuning import tile
-from .launch import kernel_op, launch, needs_grad, rows
+from .launch import cdiv, kernel_op, launch, needs_grad, power_of_2, rows
 
 WIDEST = 16384
 """Channels of a row that one program can hold."""
@@ -83,7 +83,7 @@ def _backward(
 def _block(op: str, x: Tensor) -> tuple[int, int, dict[str, int]]:
     """(BLOCK_M, BLOCK_N, launch options): wide rows get fewer rows and more warps a program."""
     chosen = tile(op, x.dtype, x.shape[0], x.device)
-    n = triton.next_power_of_2(x.shape[1])
+    n = power_of_2(x.shape[1])
     warps = chosen.num_warps if n <= 4096 else 2 * chosen.num_warps
     return max(1, min(chosen.M, 2048 // n)), n, {"num_warps": warps, "num_stages": chosen.num_stages}
 
@@ -95,7 +95,7 @@ def _block(op: str, x: Tensor) -> tuple[int, int, dict[str, int]]:
 def _launch_forward(x, branch, w, total, y, rstd, eps):
     block_m, block_n, options = _block("rms_norm", x)
     launch(
-        _forward, (triton.cdiv(x.shape[0], block_m),),
+        _forward, (cdiv(x.shape[0], block_m),),
         x, branch, w, total, y, rstd,
         x.shape[0], x.stride(0), 0 if branch is None else branch.stride(0), eps,
         N=x.shape[1], HAS_BRANCH=branch is not None, KEEP_SUM=total is not None, KEEP_RSTD=rstd is not None,
@@ -108,7 +108,7 @@ def _launch_forward(x, branch, w, total, y, rstd, eps):
 )
 def _launch_backward(s, w, rstd, dy, dsum, ds, dw):
     block_m, block_n, options = _block("rms_norm_backward", s)
-    programs = min(PARTIAL_SUMS, triton.cdiv(s.shape[0], block_m))
+    programs = min(PARTIAL_SUMS, cdiv(s.shape[0], block_m))
     partial = torch.empty((programs, s.shape[1]), dtype=torch.float32, device=s.device)
     launch(
         _backward, (programs,),
@@ -119,20 +119,25 @@ def _launch_backward(s, w, rstd, dy, dsum, ds, dw):
     torch.sum(partial, 0, out=dw)
 
 
-class _Norm(torch.autograd.Function):
-    """(sum or None, norm) of x + branch, or of x alone."""
+def _normalise(x, branch, w, eps, keep_sum, with_gradient):
+    """(sum or None, norm, what the backward pass needs)."""
+    flat, w = rows(x), w.contiguous()
+    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    y = torch.empty(flat.shape, dtype=dtype, device=x.device)
+    total = torch.empty_like(y) if branch is not None and (keep_sum or with_gradient) else None
+    rstd = torch.empty(flat.shape[0], dtype=torch.float32, device=x.device) if with_gradient else None
+    _launch_forward(flat, None if branch is None else rows(branch), w, total, y, rstd, eps)
+    saved = flat if branch is None else total, w, rstd
+    return total.view(x.shape) if keep_sum else None, y.view(x.shape), saved
 
+
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, branch, w, eps, keep_sum, with_gradient):
-        flat, w = rows(x), w.contiguous()
-        dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-        y = torch.empty(flat.shape, dtype=dtype, device=x.device)
-        total = torch.empty_like(y) if branch is not None and (keep_sum or with_gradient) else None
-        rstd = torch.empty(flat.shape[0], dtype=torch.float32, device=x.device) if with_gradient else None
-        _launch_forward(flat, None if branch is None else rows(branch), w, total, y, rstd, eps)
-        ctx.save_for_backward(flat if branch is None else total, w, rstd)
+    def forward(ctx, x, branch, w, eps, keep_sum):
+        total, y, saved = _normalise(x, branch, w, eps, keep_sum, True)
+        ctx.save_for_backward(*saved)
         ctx.x_dtype, ctx.branch_dtype = x.dtype, None if branch is None else branch.dtype
-        return total.view(x.shape) if keep_sum else None, y.view(x.shape)
+        return total, y
 
     @staticmethod
     def backward(ctx, dsum, dy):
@@ -145,14 +150,20 @@ class _Norm(torch.autograd.Function):
         _launch_backward(s, w, rstd, dy_rows, dsum_rows, ds, dw)
         ds = ds.view(dy.shape)
         dbranch = None if ctx.branch_dtype is None else ds.to(ctx.branch_dtype)
-        return ds.to(ctx.x_dtype), dbranch, dw.to(w.dtype), None, None, None
+        return ds.to(ctx.x_dtype), dbranch, dw.to(w.dtype), None, None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float = 1e-5) -> Tensor:
-    return _Norm.apply(x, None, w, eps, False, needs_grad(x, w))[1]
+    return _norm(x, None, w, eps, False)[1]
 
 
 def add_rms_norm(
     x: Tensor, branch: Tensor, w: Tensor, eps: float = 1e-5, keep_sum: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    return _Norm.apply(x, branch, w, eps, keep_sum, needs_grad(x, branch, w))
+    return _norm(x, branch, w, eps, keep_sum)
+
+
+def _norm(x, branch, w, eps, keep_sum):
+    if needs_grad(x, branch, w):
+        return _Norm.apply(x, branch, w, eps, keep_sum)
+    return _normalise(x, branch, w, eps, keep_sum, False)[:2]

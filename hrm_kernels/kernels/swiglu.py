@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import dense, kernel_op, launch, needs_grad, precision, rows
+from .launch import cdiv, dense, kernel_op, launch, needs_grad, precision, rows
 from .parts import silu_and_slope, tile_of
 
 
@@ -100,7 +100,7 @@ def _launch_forward(x, w_gate, w_up, b_gate, b_up, h, gate, up):
     (m, k), f = x.shape, w_gate.shape[0]
     chosen = tile("swiglu", w_gate.dtype, m, x.device)
     launch(
-        _forward, (triton.cdiv(m, chosen.M) * triton.cdiv(f, chosen.N),),
+        _forward, (cdiv(m, chosen.M) * cdiv(f, chosen.N),),
         x, w_gate, w_up, b_gate, b_up, h, gate, up,
         m, x.stride(0), w_gate.stride(0), w_up.stride(0),
         K=k, F=f, HAS_BIAS=b_gate is not None, KEEP=gate is not None, PRECISION=precision(w_gate.dtype),
@@ -111,7 +111,7 @@ def _launch_forward(x, w_gate, w_up, b_gate, b_up, h, gate, up):
 @kernel_op("swiglu_mul_forward(Tensor gate, Tensor up, Tensor(a!) h) -> ()")
 def _launch_gate_forward(gate, up, h):
     chosen = tile("swiglu_mul", gate.dtype, gate.shape[0], gate.device)
-    grid = (triton.cdiv(gate.numel(), chosen.N),)
+    grid = (cdiv(gate.numel(), chosen.N),)
     launch(_gate_forward, grid, gate, up, h, gate.numel(), BLOCK=chosen.N, **chosen.options)
 
 
@@ -119,22 +119,28 @@ def _launch_gate_forward(gate, up, h):
 def _launch_gate_backward(gate, up, dh, dgate, dup):
     chosen = tile("swiglu_mul", gate.dtype, gate.shape[0], gate.device)
     launch(
-        _gate_backward, (triton.cdiv(gate.numel(), chosen.N),),
+        _gate_backward, (cdiv(gate.numel(), chosen.N),),
         gate, up, dh, dgate, dup, gate.numel(), dgate.stride(0),
         F=gate.shape[1], BLOCK=chosen.N, **chosen.options,
     )  # fmt: skip
 
 
+def _project(x, w_gate, w_up, b_gate, b_up, keep):
+    """(h [..., F], and for a gradient gate and up [M, F])."""
+    flat = rows(x)
+    h = torch.empty((flat.shape[0], w_gate.shape[0]), dtype=w_gate.dtype, device=x.device)
+    gate, up = (torch.empty_like(h), torch.empty_like(h)) if keep else (None, None)
+    _launch_forward(flat, rows(w_gate), rows(w_up), *dense(b_gate, b_up), h, gate, up)
+    return h.view(*x.shape[:-1], h.shape[1]), gate, up
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, b_gate, b_up, with_gradient):
-        flat = rows(x)
-        h = torch.empty((flat.shape[0], w_gate.shape[0]), dtype=w_gate.dtype, device=x.device)
-        gate, up = (torch.empty_like(h), torch.empty_like(h)) if with_gradient else (None, None)
-        _launch_forward(flat, rows(w_gate), rows(w_up), *dense(b_gate, b_up), h, gate, up)
-        ctx.save_for_backward(flat, w_gate, w_up, gate, up)
+    def forward(ctx, x, w_gate, w_up, b_gate, b_up):
+        h, gate, up = _project(x, w_gate, w_up, b_gate, b_up, True)
+        ctx.save_for_backward(rows(x), w_gate, w_up, gate, up)
         ctx.bias_dtype = None if b_gate is None else b_gate.dtype
-        return h.view(*x.shape[:-1], h.shape[-1])
+        return h
 
     @staticmethod
     def backward(ctx, dh):
@@ -147,17 +153,23 @@ class _SwiGLU(torch.autograd.Function):
         dw = both.t() @ x.to(both.dtype)
         db = None if ctx.bias_dtype is None else both.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         db_gate, db_up = (None, None) if db is None else (db[:f], db[f:])
-        return dx, dw[:f], dw[f:], db_gate, db_up, None
+        return dx, dw[:f], dw[f:], db_gate, db_up
+
+
+def _gate(gate, up):
+    """(h, and for a gradient gate and up [M, F])."""
+    flat_gate, flat_up = dense(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, gate.shape[-1]))
+    h = torch.empty_like(flat_gate)
+    _launch_gate_forward(flat_gate, flat_up, h)
+    return h.view(gate.shape), flat_gate, flat_up
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        flat_gate, flat_up = dense(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, gate.shape[-1]))
-        h = torch.empty_like(flat_gate)
-        _launch_gate_forward(flat_gate, flat_up, h)
-        ctx.save_for_backward(flat_gate, flat_up)
-        return h.view(gate.shape)
+        h, *saved = _gate(gate, up)
+        ctx.save_for_backward(*saved)
+        return h
 
     @staticmethod
     def backward(ctx, dh):
@@ -169,9 +181,11 @@ class _Gate(torch.autograd.Function):
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
     dtype = compute_dtype(x)
-    with_gradient = needs_grad(x, w_gate, w_up, b_gate, b_up)
-    return _SwiGLU.apply(x, cast(w_gate, dtype), cast(w_up, dtype), b_gate, b_up, with_gradient)
+    w_gate, w_up = cast(w_gate, dtype), cast(w_up, dtype)
+    if needs_grad(x, w_gate, w_up, b_gate, b_up):
+        return _SwiGLU.apply(x, w_gate, w_up, b_gate, b_up)
+    return _project(x, w_gate, w_up, b_gate, b_up, False)[0]
 
 
 def swiglu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return _Gate.apply(gate, up)
+    return _Gate.apply(gate, up) if needs_grad(gate, up) else _gate(gate, up)[0]
