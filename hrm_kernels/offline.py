@@ -54,6 +54,7 @@ def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) 
     lengths = tensor(rows, of=torch.int64)
     rotary = torch.empty((tokens, d // 2, 2), device="meta")
     projections = tensor(h * d, c), tensor(k * d, c), tensor(k * d, c)
+    biases = tensor(h * d), tensor(k * d), tensor(k * d)
     hidden = tensor(rows, tokens, f), tensor(rows, tokens, f)
     flat, table, targets = tensor(rows * tokens, c), tensor(v, c), tensor(rows * tokens, of=torch.int64)
     head = tensor(2, c, of=torch.float32), tensor(2, of=torch.float32)
@@ -62,10 +63,13 @@ def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) 
         lambda: ops.add_rms_norm(x, branch, norm),
         lambda: ops.add_rms_norm(x, branch, norm, keep_sum=False)[1],
         lambda: ops.swiglu(x, tensor(f, c), tensor(f, c)),
+        lambda: ops.swiglu(x, tensor(f, c), tensor(f, c), tensor(f), tensor(f)),
         lambda: ops.swiglu_mul(*hidden),
         lambda: ops.qkv_rope(x, *projections, rotary=rotary),
         lambda: ops.rope_gqa_attention(x, *projections, None, rotary, h, k),
         lambda: ops.rope_gqa_attention(x, *projections, None, rotary, h, k, lengths),
+        lambda: ops.rope_gqa_attention(x, *projections, biases, rotary, h, k, lengths, 0.1),
+        lambda: ops.attention(tensor(rows, tokens, (h + 2 * k) * d), h, k),
         lambda: ops.linear_cross_entropy(flat, table, targets),
         lambda: ops.halting(x, *head)[0],
     ]

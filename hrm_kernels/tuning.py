@@ -34,7 +34,7 @@ attention            float32  any  227   64   32    0     8      2
 attention            float32  any   99   32   32    0     4      2  64 x 32 would spill on sm_80
 attention_dq         half     any   99   64   64    0     4      3
 attention_dq         float32  any   99   32   32    0     8      2  4 warps would spill
-attention_dkv        half     any   99   64   64    0     4      3
+attention_dkv        half     any   99   32   64    0     4      3  64 x 64 would spill with dropout
 attention_dkv        float32  any   99   32   32    0     8      2  4 warps would spill
 cross_entropy        any      any    0    0 4096    0     8      1  4096 columns of a row at a time
 halting              any      any    0   16    0    0     8      1  16 positions x 512 channels at a time
