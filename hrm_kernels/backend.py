@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import library_attention, reference, tuning
+from .autocast import compute_dtype
 
 MODES = ("auto", "reference", "triton")
 OPS = (
@@ -59,7 +60,7 @@ def _checked(mode: str, overrides: dict[str, str], source: str) -> tuple[str, di
 
 
 def _from_environment() -> tuple[str, dict[str, str]]:
-    mode, *rest = os.environ.get("HRM_KERNELS", "auto").split(",")
+    mode, *rest = (os.environ.get("HRM_KERNELS") or "auto").split(",")
     pairs = [part.partition("=") for part in rest]
     return _checked(mode, {op: name for op, _, name in pairs}, "the environment variable HRM_KERNELS")
 
@@ -72,8 +73,8 @@ class use_backend:
 
     Args:
         mode: "auto", "reference" or "triton".
-        overrides: op=name for single ops, e.g. attention="sdpa"; an op not named keeps the one it has, and
-            op="auto" follows the mode "auto".
+        overrides: op=name for single ops, e.g. attention="sdpa". An op not named keeps the one it has, but the mode
+            "reference" takes all of these back.
 
     Raises:
         ValueError: an unknown mode, op or implementation.
@@ -83,7 +84,7 @@ class use_backend:
         global _mode, _overrides
         mode, overrides = _checked(mode, overrides, "backend")
         self._previous = _mode, _overrides
-        _mode, _overrides = mode, {**_overrides, **overrides}
+        _mode, _overrides = mode, overrides if mode == "reference" else {**_overrides, **overrides}
 
     def __enter__(self) -> use_backend:
         return self
@@ -168,7 +169,7 @@ def _fastest_attention(qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor
     """What tuning.py's table says, of what can run."""
     if qkv.device.type != "cuda":
         return "auto"
-    name = tuning.fastest_attention(qkv.dtype, qkv.shape[1])
+    name = tuning.fastest_attention(compute_dtype(qkv), qkv.shape[1])
     if name == "flash" and library_attention.why_not_flash(qkv, n_head, n_kv_head):
         return "auto"
     return "auto" if name == "triton" else name
@@ -182,7 +183,9 @@ def run(op: str, *args):
 def run_rope_gqa_attention(x: Tensor, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p) -> Tensor:
     """qkv_rope and attention: as one kernel op where both are to be Triton's, else one after the other."""
     setting = _setting("attention")
-    fused = setting == "triton" or (setting == "auto" and tuning.fastest_attention(w_q.dtype, x.shape[1]) == "triton")
+    fused = setting == "triton" or (
+        setting == "auto" and tuning.fastest_attention(compute_dtype(x), x.shape[1]) == "triton"
+    )
     if fused and setting == _setting("qkv_rope"):
         args = x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p
         kernel, _ = _kernel("rope_gqa_attention", setting, args)

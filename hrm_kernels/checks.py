@@ -32,8 +32,8 @@ def integers(name: str, t: Tensor) -> None:
 
 def norm(x: Tensor, branch: Tensor | None, w: Tensor) -> None:
     """rms_norm and add_rms_norm."""
-    if x.dim() == 0:
-        raise ValueError("x is a scalar; it must be [..., C]")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., C] with at least one channel")
     shape("w", w, tuple(x.shape[-1:]), f"with {x.shape[-1]} channels in x")
     if branch is not None:
         shape("branch", branch, tuple(x.shape), "as x has it,")
@@ -129,6 +129,8 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, reduction: str) 
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1] or targets.shape != x.shape[:1]:
         shapes = f"x {tuple(x.shape)}, w {tuple(w.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"linear_cross_entropy needs x [M, C], w [V, C], targets [M]; got {shapes}")
+    if w.shape[0] == 0:
+        raise ValueError("w has shape (0, ...): a softmax over no columns is undefined; give at least one")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} is none of 'mean', 'sum', 'none'")
     integers("targets", targets)
@@ -138,6 +140,8 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, reduction: str) 
 def halting(z_H: Tensor, w: Tensor, b: Tensor, lengths: Tensor | None) -> None:
     """halting."""
     rank("z_H", z_H, "B T C")
+    if z_H.shape[1] == 0:
+        raise ValueError("z_H has no positions; a mean over none is undefined; give at least one")
     shape("w", w, (2, z_H.shape[2]), f"with {z_H.shape[2]} channels in z_H")
     shape("b", b, (2,), "one for halt and one for continue,")
     options(z_H, lengths, 0.0)

@@ -17,8 +17,8 @@ import torch
 
 TABLE = """
 op                   type    rows   KB    M    N    K warps stages  why
-rms_norm             any      any    0    4    0    0     4      1  a warp a row: 16-byte loads, sums by shuffles alone
-rms_norm_backward    any      any    0    4    0    0     4      1  as forward
+rms_norm             any      any    0    2    0    0     1      1  a warp a row: 16-byte loads, sums by shuffles alone
+rms_norm_backward    any      any    0    4    0    0     4      1  two warps a row: of one alone too few would run
 swiglu               half      64   99   16   64   64     4      4  decoding: few rows, weights stream once
 swiglu               half     any  227  128  128   64     8      3  two 128 x 128 accumulators; 4 warps would spill
 swiglu               half     any   99  128   64   64     8      3  mma.sync: 128 x 128 would spill
@@ -36,6 +36,12 @@ attention_dq         half     any   99   64   64    0     4      3
 attention_dq         float32  any   99   32   32    0     8      2  4 warps would spill
 attention_dkv        half     any   99   32   64    0     4      3  64 x 64 would spill with dropout
 attention_dkv        float32  any   99   32   32    0     8      2  4 warps would spill
+attention_wide       half     any   99   64   32    0     4      2  heads of 66 to 128
+attention_wide       float32  any   99   32   16    0     4      1
+attention_dq_wide    half     any   99   32   32    0     4      2
+attention_dq_wide    float32  any   99   16   16    0     4      1
+attention_dkv_wide   half     any   99   32   32    0     4      2
+attention_dkv_wide   float32  any   99   16   16    0     4      1
 cross_entropy        any      any    0    0 4096    0     8      1  4096 columns of a row at a time
 halting              any      any    0   16    0    0     8      1  16 positions x 512 channels at a time
 """

@@ -34,6 +34,9 @@ SMALL = {
     "attention": Tile(32, 16, 0, 4, 1),
     "attention_dq": Tile(16, 32, 0, 4, 1),
     "attention_dkv": Tile(32, 16, 0, 4, 1),
+    "attention_wide": Tile(16, 16, 0, 4, 1),
+    "attention_dq_wide": Tile(16, 32, 0, 4, 1),
+    "attention_dkv_wide": Tile(32, 16, 0, 4, 1),
     "cross_entropy": Tile(0, 128, 0, 4, 1),
 }
 

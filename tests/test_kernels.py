@@ -138,9 +138,9 @@ def test_single_ops_can_have_an_implementation_of_their_own():
         assert ops.describe(DEVICE)["attention"] == "sdpa" and ops.describe(DEVICE)["swiglu"] == "triton"
         assert ops.backend.chosen("attention", qkv, 2, 1, None, 0.0) == ("sdpa", LIBRARIES["attention"]["sdpa"])
         with ops.use_backend("reference"):
+            assert set(ops.describe(DEVICE).values()) == {"reference"}, "the reference takes no exception over"
+        with ops.use_backend("auto"):
             assert ops.describe(DEVICE)["attention"] == "sdpa", "an op not named keeps the one it has"
-            with ops.use_backend("reference", attention="auto"):
-                assert ops.describe(DEVICE)["swiglu"] == "reference"
     assert ops.describe(torch.device("cpu"))["attention"] == "reference"
 
 
@@ -320,7 +320,7 @@ def test_tiles_are_found_for_every_kernel_type_size_and_gpu():
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     for rows in (0, 1, 64, 65, 10**6):
                         tile = tuning.tile(op, dtype, rows, DEVICE)
-                        assert tile.num_warps in (4, 8) and all(n == 0 or n & (n - 1) == 0 for n in tile[:3])
+                        assert tile.num_warps in (1, 2, 4, 8) and all(n == 0 or n & (n - 1) == 0 for n in tile[:3])
     assert tuning.tile("swiglu", torch.bfloat16, 1, DEVICE).M == 16, "few rows get a small tile"
 
 

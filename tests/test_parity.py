@@ -225,6 +225,15 @@ def test_attention_with_the_tiles_in_use_at_512_tokens():
     compare(lambda qkv: ops.attention(qkv, 2, 1), {"qkv": random(1, 512, 4 * 56, seed=1)}, torch.float32)
 
 
+def test_attention_of_a_query_whose_scores_are_all_minus_infinity_is_nan_and_not_a_look_ahead():
+    """As the softmax of the definition is. float16 projections overflow to infinity."""
+    qkv = random(1, 20, 4 * 8, seed=1).half()
+    qkv[0, 0, :8], qkv[0, 0, 16:24] = float("inf"), -1.0  # query 0 of head 0 sees key 0 alone, at -inf
+    with small_tiles(), ops.use_backend("triton"):
+        out = ops.attention(qkv, 2, 1)
+    assert out[0, 0, :8].isnan().all() and out[0, 1:].isfinite().all() and out[0, 0, 8:].isfinite().all()
+
+
 def test_attention_with_scores_so_large_that_one_key_takes_all():
     with small_tiles():
         compare(lambda qkv: ops.attention(qkv, 2, 1), {"qkv": random(1, 40, 32, seed=1, scale=30)}, torch.float32)
@@ -347,11 +356,34 @@ def test_linear_cross_entropy_at_the_edges(case, monkeypatch):
         compare(lambda x, w: ops.linear_cross_entropy(x, w, targets.to(DEVICE), -100), inputs, torch.float32)
 
 
-def test_linear_cross_entropy_of_a_target_that_is_no_column_is_nan_and_reads_nothing_beyond():
+def test_linear_cross_entropy_of_a_target_that_is_no_column_is_nan_and_so_is_its_gradient():
+    targets = torch.tensor([5, 300, 2], device=DEVICE)
     with small_tiles(), ops.use_backend("triton"):
-        x, w = random(3, 16, seed=1).float(), random(300, 16, seed=2).float()
-        losses = ops.linear_cross_entropy(x, w, torch.tensor([5, 300, 2], device=DEVICE), reduction="none")
-    assert losses.isnan().tolist() == [False, True, False]
+        x, w = random(3, 16, seed=1).float().requires_grad_(), random(300, 16, seed=2).float()
+        losses = ops.linear_cross_entropy(x, w, targets, reduction="none")
+        losses.sum().backward()
+        assert losses.isnan().tolist() == x.grad.isnan().any(-1).tolist() == [False, True, False]
+        x.grad = None
+        ops.linear_cross_entropy(x, w, targets).backward()
+        assert x.grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+@pytest.mark.parametrize("rows", [1, 32768 if DEVICE.type == "cuda" else 4096])
+def test_linear_cross_entropy_in_float16_neither_underflows_nor_overflows(rows, mode):
+    """Gradients of a mean over many rows are below what float16 can hold, so a loss scale of 65,536 must reach them in
+    time; and the scale itself is above what float16 can hold."""
+    targets = torch.randint(0, 64, (rows,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    inputs = {"x": random(rows, 16, seed=1, scale=0.3).half(), "w": random(64, 16, seed=2, scale=0.3).half()}
+
+    def gradients(mode, dtype):
+        given = {k: t.to(dtype).detach().clone().requires_grad_() for k, t in inputs.items()}
+        with model_tiles(), ops.use_backend(mode):
+            (ops.linear_cross_entropy(**given, targets=targets) * 65536.0).backward()
+        return [t.grad for t in given.values()]
+
+    for found, truth in zip(gradients(mode, torch.float16), gradients("reference", torch.float64), strict=True):
+        assert relative_error(found, truth) <= TOLERANCE[torch.float16][1]
 
 
 @DTYPES
@@ -500,6 +532,73 @@ def test_under_autocast_results_have_the_reference_dtypes_and_numbers(op):
         if found[name].dtype != torch.bool:
             # each is within the tolerance of the truth, so they are within twice of each other
             assert relative_error(found[name], expected[name]) <= 2 * TOLERANCE[torch.bfloat16][name[:2] == "d "], name
+
+
+@DTYPES
+@OP_NAMES
+def test_a_pass_without_gradient_computes_the_same_bits_as_one_with(op, dtype):
+    """The loop runs without gradient and its last step again with: both must see the same states."""
+    call, inputs = calls_of_every_op()[op]
+    given = {k: t.to(dtype) for k, t in inputs.items()}
+    with small_tiles(), ops.use_backend("triton"):
+        with torch.no_grad():
+            without = call(**given)
+        with_gradient = call(**{k: t.clone().requires_grad_() for k, t in given.items()})
+    without, with_gradient = (r if isinstance(r, tuple) else (r,) for r in (without, with_gradient))
+    assert all(torch.equal(a, b) for a, b in zip(without, with_gradient, strict=True))
+
+
+@OP_NAMES
+def test_results_may_be_changed_in_place(op):
+    """Nothing is handed out as a view of what autograd keeps."""
+    call, inputs = calls_of_every_op()[op]
+    with small_tiles(), ops.use_backend("triton"):
+        result = call(**{k: t.float().requires_grad_() for k, t in inputs.items()})
+        result = result[1] if op == "add_rms_norm" else result[0] if isinstance(result, tuple) else result
+        result.mul_(2)
+
+
+@OP_NAMES
+def test_second_derivatives_are_refused_rather_than_wrong(op):
+    call, inputs = calls_of_every_op()[op]
+    given = {k: t.float().requires_grad_() for k, t in inputs.items()}
+    with small_tiles(), ops.use_backend("triton"):
+        result = call(**given)
+        result = result[0] if isinstance(result, tuple) else result
+        slopes = torch.autograd.grad(result.square().sum(), list(given.values()), create_graph=True, allow_unused=True)
+        penalty = sum(s.square().sum() for s in slopes if s is not None)
+        if op == "halting":  # its gradient is plain PyTorch, which has a second one
+            penalty.backward()
+        else:
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                penalty.backward()
+
+
+@OP_NAMES
+def test_forward_mode_differentiation_is_refused_rather_than_ignored(op):
+    from torch.autograd import forward_ad
+
+    call, inputs = calls_of_every_op()[op]
+    with small_tiles(), ops.use_backend("triton"), forward_ad.dual_level():
+        duals = {k: forward_ad.make_dual(t.float(), torch.ones_like(t).float()) for k, t in inputs.items()}
+        with pytest.raises(RuntimeError, match=r"jvp|forward mode|forward AD"):
+            call(**duals)
+
+
+@OP_NAMES
+def test_frozen_inputs_get_no_gradient_and_change_none_of_the_others(op):
+    call, inputs = calls_of_every_op()[op]
+    with small_tiles(), ops.use_backend("triton"):
+        every = {k: t.float().requires_grad_() for k, t in inputs.items()}
+        result = call(**every)
+        (result[0] if isinstance(result, tuple) else result).sum().backward()
+        for name in inputs:
+            one = {k: t.float().requires_grad_(k == name) for k, t in inputs.items()}
+            result = call(**one)
+            (result[0] if isinstance(result, tuple) else result).sum().backward()
+            assert all(t.grad is None for k, t in one.items() if k != name)
+            expected = every[name].grad
+            assert one[name].grad is None or torch.equal(one[name].grad, expected), name
 
 
 @OP_NAMES

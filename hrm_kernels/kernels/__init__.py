@@ -42,10 +42,21 @@ def _same_dtype(x: Tensor, **weights: Tensor) -> str | None:
     return _dtype(x=x, **weights)
 
 
+def _one_dtype(biases: tuple[Tensor | None, ...] | None) -> str | None:
+    dtypes = {b.dtype for b in biases or () if b is not None}
+    if len(dtypes) > 1:
+        return f"biases are {', '.join(sorted(map(str, dtypes)))}; convert them to one dtype"
+    return None
+
+
 def _norm(x, branch, w):
     if x.shape[-1] > rms_norm.WIDEST:
         return f"x has {x.shape[-1]} channels; the kernel takes up to {rms_norm.WIDEST}"
     return _dtype(x=x, branch=branch, w=w)
+
+
+def _swiglu(x, w_gate, w_up, b_gate, b_up):
+    return _one_dtype((b_gate, b_up)) or _same_dtype(x, w_gate=w_gate, w_up=w_up)
 
 
 def _swiglu_mul(gate, up):
@@ -57,7 +68,9 @@ def _swiglu_mul(gate, up):
 def _qkv_rope(x, w_q, w_k, w_v, biases, rotary):
     if rotary is not None and rotary.dtype != torch.float32:
         return f"rotary is {rotary.dtype}; the kernel takes float32, as rope_table makes it"
-    return _same_dtype(x, w_q=w_q, w_k=w_k, w_v=w_v)
+    if rotary is not None and rotary.requires_grad:
+        return "rotary requires a gradient, which the kernel does not make; detach it"
+    return _one_dtype(biases) or _same_dtype(x, w_q=w_q, w_k=w_k, w_v=w_v)
 
 
 def _head_dim(head_dim):
@@ -81,13 +94,15 @@ def _linear_cross_entropy(x, w, targets, ignore_index, reduction, z_loss):
 def _halting(z_H, w, b, halt_bias, lengths):
     if z_H.shape[0] > halting.MOST_ROWS:
         return f"z_H has {z_H.shape[0]} rows; the kernel takes up to {halting.MOST_ROWS}"
+    if z_H.shape[2] > halting.WIDEST:
+        return f"z_H has {z_H.shape[2]} channels; the kernel takes up to {halting.WIDEST}"
     return _dtype(z_H=z_H, w=w, b=b)
 
 
 KERNELS = {
     "rms_norm": Kernel(rms_norm.rms_norm, lambda x, w, eps: _norm(x, None, w)),
     "add_rms_norm": Kernel(rms_norm.add_rms_norm, lambda x, branch, w, eps, keep_sum: _norm(x, branch, w)),
-    "swiglu": Kernel(swiglu.swiglu, lambda x, w_gate, w_up, b_gate, b_up: _same_dtype(x, w_gate=w_gate, w_up=w_up)),
+    "swiglu": Kernel(swiglu.swiglu, _swiglu),
     "swiglu_mul": Kernel(swiglu.swiglu_mul, _swiglu_mul),
     "qkv_rope": Kernel(qkv_rope.qkv_rope, _qkv_rope),
     "attention": Kernel(attention.attention, _attention),

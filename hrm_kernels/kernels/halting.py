@@ -22,6 +22,9 @@ from .launch import cdiv, dense, kernel_op, launch, needs_grad, power_of_2
 MOST_ROWS = 4096
 """Rows that the last program holds at once."""
 
+WIDEST = 16384
+"""Channels that a program holds of a position."""
+
 
 class Books(NamedTuple):
     """State of a batch on its way through the steps, on the device. B rows; the first n_active entries of `active`
@@ -131,7 +134,9 @@ def _decide(
 def _launch(z_H, w, b, lengths, q, halt, active, n_active, executed, limit, may_halt, halt_bias):
     n_rows, n_tokens, n_channels = z_H.shape
     chosen = tile("halting", z_H.dtype, n_rows, z_H.device)
-    n_parts = cdiv(n_tokens, chosen.M)
+    block_c = power_of_2(n_channels)
+    block_t = max(1, min(chosen.M, 8192 // block_c))
+    n_parts = cdiv(n_tokens, block_t)
     partial = torch.empty((n_rows, n_parts, 2), dtype=torch.float32, device=z_H.device)
     ticket = torch.zeros(1, dtype=torch.int32, device=z_H.device)
     launch(
@@ -139,7 +144,7 @@ def _launch(z_H, w, b, lengths, q, halt, active, n_active, executed, limit, may_
         z_H, w, b, lengths, partial, ticket, q, halt, active, n_active, executed, limit, may_halt,
         n_rows, n_tokens, z_H.stride(0), z_H.stride(1), halt_bias,
         C=n_channels, HAS_LENGTHS=lengths is not None, HAS_BOOKS=active is not None,
-        BLOCK_T=chosen.M, BLOCK_C=power_of_2(n_channels), BLOCK_B=power_of_2(n_rows),
+        BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_B=power_of_2(n_rows),
         BLOCK_PARTS=power_of_2(n_parts), **chosen.options,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("hrm_kernels", "DEF")
 
@@ -121,5 +122,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of one of these."""
+    """Whether autograd is to know: one of these wants a gradient, or forward-mode differentiation is on, which our
+    functions do not have and must refuse rather than ignore."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -24,9 +24,11 @@ def rotated(x, angles, turns, BACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N
     """
     a, b = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
     cos, sin = tl.split(tl.reshape(angles, (BLOCK_M, BLOCK_N // 2, 2)))
-    cos = tl.where(turns, cos, 1.0)
-    sin = tl.where(turns, -sin if BACK else sin, 0.0)
-    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK_M, BLOCK_N))
+    if BACK:
+        sin = -sin
+    turned_a = tl.where(turns, a * cos - b * sin, a)
+    turned_b = tl.where(turns, a * sin + b * cos, b)
+    return tl.reshape(tl.join(turned_a, turned_b), (BLOCK_M, BLOCK_N))
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
@@ -121,20 +122,26 @@ def launch_rotate_back(dqkv, rotary, out, n_tokens, n_rotated):
 def project(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], rotary: Tensor | None) -> Tensor:
     """The kernel's forward pass, [B, T, C] -> [B, T, N]."""
     n_rows, n_tokens, _ = x.shape
-    qkv = torch.empty((n_rows * n_tokens, sum(w.shape[0] for w in weights)), dtype=weights[0].dtype, device=x.device)
-    launch_qkv_rope(rows(x), *dense(*weights, *biases), rotary, qkv, n_tokens)
-    return qkv.view(n_rows, n_tokens, qkv.shape[1])
+    width = sum(w.shape[0] for w in weights)
+    qkv = torch.empty((n_rows, n_tokens, width), dtype=weights[0].dtype, device=x.device)
+    launch_qkv_rope(rows(x), *dense(*weights, *biases), rotary, qkv.view(n_rows * n_tokens, width), n_tokens)
+    return qkv
 
 
-def project_backward(dqkv: Tensor, x: Tensor, weights: tuple[Tensor, ...], bias_dtype: torch.dtype | None) -> tuple:
-    """(dx, dWq, dWk, dWv, dbq, dbk, dbv) from the gradient [M, N] of the projection before its rotation."""
+def project_backward(
+    dqkv: Tensor, x: Tensor, weights: tuple[Tensor, ...], bias_dtype: torch.dtype | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """(dx, dWq, dWk, dWv, dbq, dbk, dbv), as far as wanted, from the gradient [M, N] of the projection before its
+    rotation."""
     sizes = [w.shape[0] for w in weights]
-    dx = (dqkv @ torch.cat(weights)).to(x.dtype).view(x.shape)
-    dw = dqkv.t() @ x.reshape(-1, x.shape[-1]).to(dqkv.dtype)
-    db = (None, None, None)
+    dx, dw, db = None, (None,) * 3, (None,) * 3
+    if wanted[0]:
+        dx = (dqkv @ torch.cat(weights)).to(x.dtype).view(x.shape)
+    if any(wanted[1:4]):
+        dw = (dqkv.t() @ x.reshape(-1, x.shape[-1]).to(dqkv.dtype)).split(sizes)
     if bias_dtype is not None:
         db = dqkv.sum(0, dtype=torch.float32).to(bias_dtype).split(sizes)
-    return dx, *dw.split(sizes), *db
+    return dx, *dw, *db
 
 
 class _QKVRope(torch.autograd.Function):
@@ -145,6 +152,7 @@ class _QKVRope(torch.autograd.Function):
         return project(x, (w_q, w_k, w_v), (b_q, b_k, b_v), rotary)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dqkv):
         x, w_q, w_k, w_v, rotary = ctx.saved_tensors
         flat = dqkv.reshape(-1, dqkv.shape[-1]).contiguous()
@@ -152,7 +160,7 @@ class _QKVRope(torch.autograd.Function):
             turned = torch.empty_like(flat)
             launch_rotate_back(flat, rotary, turned, x.shape[1], w_q.shape[0] + w_k.shape[0])
             flat = turned
-        return *project_backward(flat, x, (w_q, w_k, w_v), ctx.bias_dtype), None
+        return *project_backward(flat, x, (w_q, w_k, w_v), ctx.bias_dtype, ctx.needs_input_grad), None
 
 
 def qkv_rope(

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
@@ -58,15 +59,14 @@ def _forward(
         up += tl.load(b_up_ptr + w_row).to(tl.float32)[None, :]
     out = row.to(tl.int64)[:, None] * F + column[None, :]
     mask = (row < M)[:, None] & (column < F)[None, :]
+    # rounded whether they are stored or not, so that a pass without gradient computes the same bits as one with
+    gate = gate.to(h_ptr.dtype.element_ty)
+    up = up.to(h_ptr.dtype.element_ty)
     if KEEP:
-        gate = gate.to(gate_ptr.dtype.element_ty)
-        up = up.to(up_ptr.dtype.element_ty)
         tl.store(gate_ptr + out, gate, mask)
         tl.store(up_ptr + out, up, mask)
-        gate = gate.to(tl.float32)
-        up = up.to(tl.float32)
-    activated, _ = silu_and_slope(up)
-    tl.store(h_ptr + out, (activated * gate).to(h_ptr.dtype.element_ty), mask)
+    activated, _ = silu_and_slope(up.to(tl.float32))
+    tl.store(h_ptr + out, (activated * gate.to(tl.float32)).to(h_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -128,10 +128,11 @@ def _launch_gate_backward(gate, up, dh, dgate, dup):
 def _project(x, w_gate, w_up, b_gate, b_up, keep):
     """(h [..., F], and for a gradient gate and up [M, F])."""
     flat = rows(x)
-    h = torch.empty((flat.shape[0], w_gate.shape[0]), dtype=w_gate.dtype, device=x.device)
-    gate, up = (torch.empty_like(h), torch.empty_like(h)) if keep else (None, None)
-    _launch_forward(flat, rows(w_gate), rows(w_up), *dense(b_gate, b_up), h, gate, up)
-    return h.view(*x.shape[:-1], h.shape[1]), gate, up
+    h = torch.empty((*x.shape[:-1], w_gate.shape[0]), dtype=w_gate.dtype, device=x.device)
+    flat_h = h.view(flat.shape[0], w_gate.shape[0])
+    gate, up = (torch.empty_like(flat_h), torch.empty_like(flat_h)) if keep else (None, None)
+    _launch_forward(flat, rows(w_gate), rows(w_up), *dense(b_gate, b_up), flat_h, gate, up)
+    return h, gate, up
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -143,25 +144,30 @@ class _SwiGLU(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         x, w_gate, w_up, gate, up = ctx.saved_tensors
         f = gate.shape[1]
         both = torch.empty((gate.shape[0], 2 * f), dtype=gate.dtype, device=gate.device)
         _launch_gate_backward(gate, up, dh.reshape(-1, f).contiguous(), both[:, :f], both[:, f:])
         # one product over both halves instead of two: a single rounding of dx, one kernel fewer
-        dx = (both @ torch.cat((w_gate, w_up))).to(x.dtype).view(*dh.shape[:-1], x.shape[1])
-        dw = both.t() @ x.to(both.dtype)
-        db = None if ctx.bias_dtype is None else both.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        db_gate, db_up = (None, None) if db is None else (db[:f], db[f:])
-        return dx, dw[:f], dw[f:], db_gate, db_up
+        dx, dw, db = None, (None, None), (None, None)
+        if ctx.needs_input_grad[0]:
+            dx = (both @ torch.cat((w_gate, w_up))).to(x.dtype).view(*dh.shape[:-1], x.shape[1])
+        if any(ctx.needs_input_grad[1:3]):
+            dw = (both.t() @ x.to(both.dtype)).split(f)
+        if ctx.bias_dtype is not None:
+            db = both.sum(0, dtype=torch.float32).to(ctx.bias_dtype).split(f)
+        return dx, *dw, *db
 
 
 def _gate(gate, up):
     """(h, and for a gradient gate and up [M, F])."""
-    flat_gate, flat_up = dense(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, gate.shape[-1]))
-    h = torch.empty_like(flat_gate)
-    _launch_gate_forward(flat_gate, flat_up, h)
-    return h.view(gate.shape), flat_gate, flat_up
+    width = gate.shape[-1] if gate.dim() else 1
+    flat_gate, flat_up = dense(gate.reshape(-1, width), up.reshape(-1, width))
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _launch_gate_forward(flat_gate, flat_up, h.view(flat_gate.shape))
+    return h, flat_gate, flat_up
 
 
 class _Gate(torch.autograd.Function):
@@ -172,6 +178,7 @@ class _Gate(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
