@@ -574,6 +574,7 @@ def test_second_derivatives_are_refused_rather_than_wrong(op):
                 penalty.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's own forward mode
 @OP_NAMES
 def test_forward_mode_differentiation_is_refused_rather_than_ignored(op):
     from torch.autograd import forward_ad
