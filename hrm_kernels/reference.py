@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Rows of logits alive at a time in linear_cross_entropy: 256 x 50,304 float32 is 52 MB. Between 64 and 512 no
-# difference beyond noise was seen on two shared CPU cores; on a GPU it was not measured.
+# Rows of logits alive at a time in linear_cross_entropy: 256 x 50,304 float32 is 52 MB. On two shared CPU cores 64 rows
+# took 1.6 to 2.2 times as long, 512 rows 0.8 to 0.9 times (bench/ops.py --reference); on a GPU it was not measured.
 CROSS_ENTROPY_CHUNK = 256
 
 
@@ -65,8 +65,9 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     """
     pairs = x.to(_wide(x.dtype)).unflatten(-1, (-1, 2))
     if x.device.type != "mps" and not torch.compiler.is_compiling():
-        # One complex product is the same four real ones in a single pass: 0.05 ms against 0.30 ms for 8 x 128 x 4 x 32
-        # on a CPU. Inductor fuses the real form and cannot generate code for the complex one; MPS has no view of it.
+        # One complex product is the same four real ones in a single pass: 5 to 15 times as fast for 8 x 128 x 4 x 32 on
+        # two shared CPU cores (bench/ops.py --reference). Inductor fuses the real form and cannot generate code for the
+        # complex one; MPS has no view of it.
         turned = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table).unsqueeze(-2)
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     cos, sin = table.unsqueeze(-3).unbind(-1)
