@@ -194,7 +194,7 @@ def figures(name: str, timed: dict[str, tuple[list[float], int | None]], work: W
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
-HEADING = f"{'':<31}{'us':>10}{'p20':>10}{'p80':>10}{'rate':>17}{'ceiling':>9}{'peak MB':>10}{'of eager':>10}"
+HEADING = f"{'':<31}{'us':>10}{'p20':>10}{'p80':>10}{'rate':>18}{'ceiling':>9}{'peak MB':>10}{'of eager':>10}"
 HEADING += f"{'vs eager':>10}{'vs compile':>12}"
 
 
@@ -213,7 +213,7 @@ def row(record: dict[str, Any]) -> str:
 
     return (
         f"{name}{record['us']:>10.1f}{record['us_p20']:>10.1f}{record['us_p80']:>10.1f}"
-        f"{record['rate']:>9.4g} {record['rate_unit']:<7}{record['share_of_ceiling']:>9.0%}"
+        f" {record['rate']:>9.4g} {record['rate_unit']:<7}{record['share_of_ceiling']:>9.0%}"
         f"{show('peak_bytes', '.1f', 1e-6):>10}{show('peak_vs_eager', '.2f', unit='x'):>10}"
         f"{show('speedup_vs_eager', '.2f', unit='x'):>10}{show('speedup_vs_compile', '.2f', unit='x'):>12}"
     )
