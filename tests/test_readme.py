@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from parity import COMPILING
 
 from bench.hrm_step import main as hrm_step_main
 from bench.ops import main as ops_main
@@ -78,7 +79,7 @@ def test_every_command_runs_as_it_stands(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    environment = COMPILING | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
     outputs = {}
     for command in [*commands(), f"python -c {shlex.quote(blocks('python')[0])}"]:
