@@ -49,7 +49,7 @@ WHOLE = SMALL | {
     "attention_dq": Tile(32, 32, 0, 4, 1),
     "attention_dkv": Tile(32, 32, 0, 4, 1),
 }
-"""The interpreter takes 5 to 15 ms a program, whatever its size: whole models want few."""
+"""The interpreter takes milliseconds a program, however small: whole models want few."""
 
 
 def small_tiles():

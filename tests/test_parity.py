@@ -618,7 +618,7 @@ def test_a_second_backward_through_the_same_graph_gives_the_same(op):
 # -- whole models ------------------------------------------------------------------------------------------------------
 
 SOME = slice(None) if DEVICE.type == "cuda" else slice(0, 2)
-"""Rows of the golden batches: the interpreter takes a second a row and step."""
+"""Rows of the golden batches: on a CPU two, as the interpreter is slow; on a GPU all."""
 
 
 def without_kernels(model, *args, **options):
