@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -38,10 +40,10 @@ def interleaved(work: dict[str, Callable[[], Any]], repeats: int, device: torch.
     times: dict[str, list[float]] = {name: [] for name in work}
     for round_number in range(repeats + 1):
         for name, call in work.items():
-            _wait(device)
+            wait(device)
             begin = time.perf_counter()
             call()
-            _wait(device)
+            wait(device)
             if round_number:
                 times[name].append(time.perf_counter() - begin)
     return times
@@ -70,6 +72,51 @@ def event_times(
     return times
 
 
+def seconds(
+    work: dict[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    after: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Of each piece of work, by the clock that suits the device."""
+    return event_times(work, repeats, after) if device.type == "cuda" else interleaved(work, repeats, device)
+
+
+def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large square product, median of ten. Random numbers: zeros can run faster."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    times = seconds({"product": lambda: torch.mm(a, b, out=product)}, 10, device)
+    return 2 * side**3 / statistics.median(times["product"])
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Memory that a call takes at its peak beyond what was there before; None where it cannot be read."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1; give one")
+    return int(text)
+
+
 def save(file_name: str, record: dict[str, Any]) -> Path:
     """Append one JSON line to bench/results/`file_name`."""
     path = RESULTS / file_name
@@ -77,11 +124,6 @@ def save(file_name: str, record: dict[str, Any]) -> Path:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return path
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _cpu_name() -> str:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 import hrm_kernels as ops
-from bench.common import environment, event_times, interleaved, save
+from bench.common import environment, interleaved, matmul_ceiling, peak_bytes, positive, save, seconds
 from bench.ops_cases import (
     CASES,
     NAMES,
@@ -70,33 +70,12 @@ MOST_COPIES = 256
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
-def seconds(work: dict[str, Callable], repeats: int, device: torch.device, after=lambda name: None) -> dict[str, list]:
-    """Of each piece of work, by the clock that suits the device."""
-    return event_times(work, repeats, after) if device.type == "cuda" else interleaved(work, repeats, device)
-
-
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
-    """Bandwidth of a large copy, FLOP/s of a large product. Random numbers: zeros can run faster."""
-    n, side = (2**28, 8192) if device.type == "cuda" else (2**20, 128)
-    source = torch.randn(n, device=device)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    target, product = torch.empty_like(source), torch.empty_like(a)
-    work = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
-    medians = {name: statistics.median(t) for name, t in seconds(work, 10, device).items()}
-    return Ceilings(2 * source.nbytes / medians["copy"], 2 * side**3 / medians["product"], "measured in this run")
-
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that a call takes at its peak beyond what was there before; None where it cannot be read."""
-    if device.type != "cuda":
-        call()
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    """Bandwidth of a large copy, FLOP/s of a large product."""
+    source = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
+    target = torch.empty_like(source)
+    copy = statistics.median(seconds({"copy": lambda: target.copy_(source)}, 10, device)["copy"])
+    return Ceilings(2 * source.nbytes / copy, matmul_ceiling(dtype, device), "measured in this run")
 
 
 def time_right_ones(
@@ -323,13 +302,6 @@ def reference_facts(repeats: int) -> dict[str, Any]:
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1; give one")
-    return int(text)
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:

@@ -45,7 +45,7 @@ class PublishedHRM(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
             loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
-        return HRMOutput(logits, loss, steps_taken, executed, q, (int(executed.sum()), 0))
+        return HRMOutput(logits, loss, steps_taken, executed, q, torch.tensor([int(executed.sum()), 0]))
 
     def _reason(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         core, config = self.model.hrm_core, self.model.config

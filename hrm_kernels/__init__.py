@@ -21,12 +21,17 @@ from .backend import (
     use_backend,
     why_no_kernel,
 )
+from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
 from .reference import rope, rope_table
 from .version import __version__
 
 __all__ = [
     "OPS",
     "BackendError",
+    "BlockWeights",
+    "HRMLoop",
+    "LoopResult",
+    "LoopWeights",
     "__version__",
     "add_rms_norm",
     "attention",

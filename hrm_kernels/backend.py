@@ -3,7 +3,8 @@
 `auto` (the default) takes a Triton kernel where the tensor is on a CUDA device and a kernel covers the case, else the
 reference. `reference` never takes a kernel. `triton` always does, and is an error where it cannot: a kernel that was
 asked for by name is never replaced silently. Single ops can be given an implementation of their own, and attention has
-two more, by libraries: `sdpa` and `flash`.
+two more, by libraries: `sdpa` and `flash`. The loop over HRM steps is chosen likewise, and so is who starts its steps:
+`hrm_loop` may be `host`, `graph` or `while`.
 
 `use_backend("auto", attention="flash")` sets this from code, the environment variable HRM_KERNELS for a process:
 `HRM_KERNELS=auto,attention=flash`. With TRITON_INTERPRET=1, Triton's interpreter runs the kernels on a CPU, slowly,
@@ -15,13 +16,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import library_attention, reference, tuning
 from .autocast import compute_dtype
+from .drivers import DRIVERS
+
+if TYPE_CHECKING:
+    from .loop import LoopWeights
 
 MODES = ("auto", "reference", "triton")
 OPS = (
@@ -34,7 +41,12 @@ OPS = (
     "linear_cross_entropy",
     "halting",
 )
+LOOP = "hrm_loop"
+"""The loop over steps is chosen like an op. Its reference is the model's own loop."""
+
 LIBRARIES = {"attention": {"sdpa": library_attention.sdpa, "flash": library_attention.flash}}
+NAMES = {"attention": tuple(LIBRARIES["attention"]), LOOP: DRIVERS}
+"""Op -> what else than a mode can be asked for by name."""
 
 OLDEST = (8, 0)
 """Compute capability from which Triton has matrix instructions for bfloat16."""
@@ -51,9 +63,9 @@ def _checked(mode: str, overrides: dict[str, str], source: str) -> tuple[str, di
     if mode not in MODES:
         raise ValueError(f"{source} is {mode!r}; it must be one of {', '.join(MODES)}")
     for op, name in overrides.items():
-        if op not in OPS:
-            raise ValueError(f"{source} names the op {op!r}; there are {', '.join(OPS)}")
-        known = (*MODES, *LIBRARIES.get(op, ()))
+        if op not in (*OPS, LOOP):
+            raise ValueError(f"{source} names the op {op!r}; there are {', '.join((*OPS, LOOP))}")
+        known = (*MODES, *NAMES.get(op, ()))
         if name not in known:
             raise ValueError(f"{source} wants {op}={name!r}; it must be one of {', '.join(known)}")
     return mode, overrides
@@ -195,11 +207,47 @@ def run_rope_gqa_attention(x: Tensor, w_q, w_k, w_v, biases, rotary, n_head, n_k
     return run("attention", qkv, n_head, n_kv_head, lengths, dropout_p)
 
 
+def loop_driver(x: Tensor, weights: LoopWeights, n_head: int, n_kv_head: int) -> str | None:
+    """Who starts the steps of the loop over x on kernels, a name of drivers.py; None where the model's own loop runs.
+
+    Raises:
+        BackendError: kernels, or a driver, were asked for by name and cannot run; the message says why.
+    """
+    setting = _setting(LOOP)
+    if setting == "reference":
+        return None
+    by_name = setting in DRIVERS
+    kernel, reason = _kernel(LOOP, "triton" if by_name else setting, (x, weights, n_head, n_kv_head))
+    if kernel is None:
+        if setting == "auto":
+            return None
+        raise BackendError(f"{LOOP}={setting} was asked for, but {reason}; use 'auto' or 'reference'")
+    reason = None
+    if setting != "host" and not x.is_cuda:
+        reason = f"x is on {x.device.type}, and CUDA graphs need a CUDA device"
+    elif setting in ("auto", "triton", "while"):
+        from . import while_graph
+
+        reason = while_graph.why_not(x.device)
+    if reason is None:
+        return setting if by_name else "while"
+    if by_name:
+        raise BackendError(f"{LOOP}={setting} was asked for, but {reason}; use {LOOP}=host")
+    if x.is_cuda:
+        _say_once(f"the host starts the steps of the HRM loop, not the device: {reason}")
+    return "host"
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
 def describe(device: torch.device) -> dict[str, str]:
     """Op name -> implementation, as it would be chosen on `device` for inputs that the kernels cover. For run headers
     and bug reports."""
     names = {}
-    for op in OPS:
+    for op in (*OPS, LOOP):
         name = _setting(op)
         if name == "auto":
             name = "triton" if device.type == "cuda" and why_no_kernel(op, device) is None else "reference"

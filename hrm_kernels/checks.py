@@ -137,6 +137,31 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, reduction: str) 
     same_device(x, w=w, targets=targets)
 
 
+def hrm_loop(weights, x: Tensor, init_H, init_L, rotary, lengths, limit, may_halt, dropout_p: float) -> None:
+    """HRMLoop.run."""
+    rank("x", x, "B T C")
+    n_rows, n_tokens, c = x.shape
+    if n_rows == 0 or n_tokens == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; give at least one row of at least one position")
+    if not weights.L or not weights.H:
+        raise ValueError("a level has no blocks; give at least one to each")
+    for name, t in (("init_H", init_H), ("init_L", init_L)):
+        shape(name, t, (c,), f"with {c} channels in x")
+    shape("weights.q", weights.q, (2, c), f"with {c} channels in x")
+    if rotary is not None:
+        per_row = (n_rows,) if rotary.dim() == 4 else ()
+        shape("rotary", rotary, (*per_row, n_tokens, rotary.shape[-2] if rotary.dim() > 2 else 0, 2), "for this x")
+    for name, given in (("limit", limit), ("may_halt", may_halt)):
+        if len(given) != n_rows:
+            raise ValueError(f"{name} has {len(given)} entries for {n_rows} rows; give one for each")
+    if min(limit) < 0:
+        raise ValueError(f"limit {min(limit)} is below 0; it is the number of steps a row may run")
+    options(x, lengths, dropout_p)
+    if lengths is not None and lengths.device.type == "cpu" and (lengths.min() < 1 or lengths.max() > n_tokens):
+        raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
+    same_device(x, init_H=init_H, init_L=init_L, rotary=rotary, q=weights.q, w=weights.L[0].q)
+
+
 def halting(z_H: Tensor, w: Tensor, b: Tensor, lengths: Tensor | None) -> None:
     """halting."""
     rank("z_H", z_H, "B T C")

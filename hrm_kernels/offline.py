@@ -29,6 +29,7 @@ import hrm_kernels as ops
 
 from . import autocast
 from .backend import INTERPRETED
+from .loop import BlockWeights, LoopWeights
 from .tuning import SHARED_KB, assume
 
 BASE = {"width": 448, "n_head": 8, "n_kv_head": 4, "hidden": 1792, "vocab": 50304}
@@ -41,7 +42,7 @@ _TYPES |= {torch.int32: "i32", torch.int8: "i8"}
 def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) -> list:
     """What every op starts for `rows` x `tokens` at the model size `shape`, forward alone and with gradients; for a
     half type also under autocast to it, where x is float32 and weights are not."""
-    from .kernels.halting import Books, keep_books
+    from .kernels.hrm_step import Sizes, Space, step
     from .kernels.launch import record
 
     def tensor(*size: int, of: torch.dtype = dtype) -> Tensor:
@@ -94,8 +95,22 @@ def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) 
             with autocast.assume(dtype):
                 for call in under_autocast:
                     forward_and_backward(call)
-        books = Books.open(*(tensor(rows, of=torch.int32) for _ in range(2)))
-        keep_books(x, *head, 0.0, lengths, books)
+        half = projections[0], *projections[1:], tensor(c, c)
+        mlp = tensor(f, c), tensor(f, c), tensor(c, f)
+        plain = BlockWeights(norm, *half, norm, *mlp)
+        biased = BlockWeights(norm, *half, norm, *mlp, *biases, tensor(c), tensor(f), tensor(f), tensor(c))
+        gelu = plain._replace(gate=None)
+        for start, block, real, dropout_p in (
+            (x, plain, None, 0.0),
+            (x, biased, lengths, 0.1),
+            (x, gelu, None, 0.0),
+            *([] if dtype == torch.float32 else [(wide, plain, None, 0.0)]),  # autocast
+        ):
+            keep_before = dropout_p > 0  # as in training
+            needs = Space.sizes(start, dtype, (h + 2 * k) * d, f, rotary, real, keep_before)
+            space = Space.of({name: tensor(*size, of=of) for name, (size, of) in needs.items()}, start)
+            # two cycles each: everything that can follow the end of a level
+            step(space, LoopWeights((block,), (block,), *head), Sizes(h, k, 2, 2, 1e-5, 0.35, dropout_p))
     return found
 
 
@@ -106,10 +121,11 @@ def specialised(launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int]
     options = {"num_warps", "num_stages", "enable_fp_fusion"}
     values |= {name: value for name, value in launch.options.items() if name not in options}
     signature, constants, attributes = {}, {}, {}
+    as_it_comes = launch.kernel.do_not_specialize
     for index, name in enumerate(names):
         value = values[name]
         given_by_name = name in launch.options
-        if given_by_name or value is None or (type(value) is int and value == 1):
+        if given_by_name or value is None or (type(value) is int and value == 1 and name not in as_it_comes):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
@@ -118,7 +134,7 @@ def specialised(launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int]
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in as_it_comes:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

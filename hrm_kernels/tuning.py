@@ -27,6 +27,9 @@ swiglu_mul           any      any    0    0 1024    0     4      1  1024 element
 qkv                  half      64   99   16   64   64     4      4  decoding
 qkv                  half     any   99  128  128   64     8      3  896 = 7 x 128 columns; 4 warps would spill
 qkv                  float32  any   99   64   64   32     4      2
+linear               half      64   99   16   32   64     4      4  decoding: 448 columns in 14 programs
+linear               half     any   99  128   64   64     4      4  448 = 7 x 64 columns
+linear               float32  any   99   64   32   32     4      2  three tf32 products
 rotate               any      any    0    0 1024    0     4      1  1024 elements a program
 attention            half      64   99   16   32    0     4      2  short rows
 attention            half     any   99  128   64    0     8      3  4 warps would spill on sm_80
@@ -124,6 +127,11 @@ def _lookup(op: str, type_name: str, rows: int, shared_kb: int) -> Tile:
         if line.fits(op, type_name, rows, shared_kb):
             return line.tile
     raise LookupError(f"no tile for {op}, {type_name}, {rows} rows on a GPU with {shared_kb} KB of shared memory")
+
+
+def overrides() -> frozenset:
+    """Tiles in force instead of the table's."""
+    return frozenset(_override.items())
 
 
 def shared_kb(device: torch.device) -> int:

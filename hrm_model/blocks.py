@@ -106,6 +106,16 @@ class Block(_BlockParts):
 class ReasoningBlock(_BlockParts):
     """Post-norm block of the HRM levels: ln_1(x + attn(x)), then ln_2(x + mlp(x))."""
 
+    def weights(self) -> ops.BlockWeights:
+        """The parameters, as the HRM loop's kernels want them."""
+        attn, mlp = self.attn, self.mlp
+        gate, up, down = (mlp.gate, mlp.up, mlp.down) if isinstance(mlp, SwiGLU) else (None, mlp.c_fc, mlp.c_proj)
+        linears = {"q": attn.q_proj, "k": attn.k_proj, "v": attn.v_proj, "o": attn.c_proj}
+        linears |= {"gate": gate, "up": up, "down": down}
+        given = {name: None if linear is None else linear.weight for name, linear in linears.items()}
+        given |= {f"{name}_bias": None if linear is None else linear.bias for name, linear in linears.items()}
+        return ops.BlockWeights(norm_1=self.ln_1.weight, norm_2=self.ln_2.weight, **given)
+
     def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
         x = self.ln_1.of_sum(x, self.attn(x, rotary, lengths))
         return self.ln_2.of_sum(x, self.mlp(x))

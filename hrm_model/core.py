@@ -1,12 +1,11 @@
-"""HRMCore: two recurrent levels, the loop in which each row runs for as long as it needs, and its training gradient.
+"""HRMCore: two recurrent levels, a loop in which each row runs for as long as it needs, and its training gradient.
 
 One step, with x the input blocks' output:
 
     H_cycles times:  L_cycles times:  z_L <- L_level(z_L + (z_H + x))
                      z_H <- H_level(z_H + z_L)
 
-After a step q = q_head(mean over real tokens of z_H) = [halt, continue], and a row with q_halt + bias > q_continue is
-done: it leaves the batch, so its state never changes again and costs nothing.
+The loop is host_loop.py, or hrm_kernels' where kernels run; both give the same.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import hrm_kernels as ops
 
 from .blocks import ReasoningBlock
 from .config import HRMConfig
+from .host_loop import Batch, host_loop, published_gradient
 
 GRADIENTS = ("replay", "published")
 
@@ -36,8 +36,8 @@ class CoreOutput:
     """[B] int64, steps run."""
     halted: Tensor
     """[B] bool, whether the row stopped by the head's decision."""
-    row_steps: tuple[int, int]
-    """Row-steps that were computed without and with gradient."""
+    row_steps: Tensor
+    """[2] int64: row-steps that were computed without and with gradient."""
 
 
 class Level(nn.Module):
@@ -65,6 +65,8 @@ class HRMCore(nn.Module):
         self.H_init = nn.Parameter(torch.empty(config.n_embd))
         self.L_init = nn.Parameter(torch.empty(config.n_embd))
         self.q_head = nn.Linear(config.n_embd, 2)
+        sizes = config.n_head, config.kv_heads, config.hrm_H_cycles, config.hrm_L_cycles, config.eps
+        self._kernels = ops.HRMLoop(*sizes)
 
     def step(
         self, x: Tensor, z_H: Tensor, z_L: Tensor, rotary: Tensor | None, lengths: Tensor | None
@@ -78,7 +80,10 @@ class HRMCore(nn.Module):
 
     def initial_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """H_init and L_init expanded to x's shape [B, T, C] (views)."""
-        return self.H_init.to(x.dtype).expand_as(x), self.L_init.to(x.dtype).expand_as(x)
+        inits = self.H_init, self.L_init
+        if not torch.is_grad_enabled():  # a view of a parameter made without gradient confuses torch's module hooks
+            inits = tuple(p.detach() for p in inits)
+        return tuple(p.to(x.dtype).expand_as(x) for p in inits)
 
     def q_values(self, z_H: Tensor, halt_bias: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """(q [B, 2], decision [B] bool) for the state [B, T, C] after a step."""
@@ -108,134 +113,74 @@ class HRMCore(nn.Module):
             gradient: "replay" or "published". In both a row that is done is frozen; the published code as a whole,
                 which goes on updating it, is bench/published.py.
         """
-        may_halt = [n == 0 and max_steps > 1 for n in forced]
-        loop = _Loop(self, x, rotary, lengths, halt_bias, may_halt, max_steps)
-        depth = [n or max_steps for n in forced]
+        batch = Batch(
+            x, rotary, lengths,
+            limit=[n or max_steps for n in forced],
+            may_halt=[n == 0 and max_steps > 1 for n in forced],
+            halt_bias=halt_bias,
+        )  # fmt: skip
         if not torch.is_grad_enabled():
-            loop.run(depth)
-            return loop.output()
-
-        if gradient == "published" and self.training:
-            loop.exploration = self.config.hrm_exploration_prob
-        with torch.no_grad():
-            loop.run([n - 1 for n in depth], keep_before=gradient == "replay")
+            found = self.loop(batch)
+            return CoreOutput(found.z_H, found.q, found.executed, found.halted, _row_steps(found.executed, 0))
+        if gradient == "published":
+            loop = published_gradient(self, batch, max_steps, self.config.hrm_exploration_prob if self.training else 0.0)
+            counts = torch.tensor(loop.row_steps, device=x.device)
+            return CoreOutput(loop.z_H, loop.q, loop.result().executed, loop.result().halted, counts)
+        found = self.loop(batch, before_last=True)
         # Autocast caches the low-precision copy of a weight until its region ends. In some torch releases copies made
         # in the loop have no gradient history, and the replay would silently reuse them (pytorch issue 112583): the
         # core's weights would then get no gradient. Casting them once more is all that this costs.
         torch.clear_autocast_cache()
-        if gradient == "replay":
-            loop.run_last(list(range(len(depth))), depth)
-        else:
-            undecided = [row for row in range(len(depth)) if not loop.halted[row]]
-            with torch.no_grad():
-                loop.run_last([row for row in undecided if depth[row] < max_steps], depth)
-            loop.run_last([row for row in undecided if depth[row] == max_steps], depth)
-        return loop.output()
+        return self.replay(batch, found)
 
+    def loop(self, batch: Batch, before_last: bool = False) -> ops.LoopResult:
+        """Run every row without gradient: to its last step, or with `before_last` to the state before it.
 
-class _Loop:
-    """The rows of one batch on their way through the steps; z_H, z_L, q, executed, halted are kept by row."""
-
-    def __init__(
-        self,
-        core: HRMCore,
-        x: Tensor,
-        rotary: Tensor | None,
-        lengths: Tensor | None,
-        halt_bias: float,
-        may_halt: list[bool],
-        max_steps: int,
-    ):
-        self.core, self.x, self.rotary, self.lengths = core, x, rotary, lengths
-        self.halt_bias, self.may_halt, self.max_steps = halt_bias, may_halt, max_steps
-        self.exploration = 0.0
-        self.z_H, self.z_L = core.initial_state(x)
-        self.q = torch.zeros(len(x), 2, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        self.row_steps = [0, 0]
-        self.executed = [0] * len(x)
-        self.halted = [False] * len(x)
-
-    def run(self, limit: list[int], keep_before: bool = False) -> None:
-        """Step row r until its decision or limit[r] steps, then keep its state: of a row that decides to halt the
-        one before its last step if `keep_before`, else the one after. A row that is done leaves the batch."""
-        live = [row for row, n in enumerate(limit) if n > 0]
-        x, lengths, z_H, z_L = _pick(live, self.x, self.lengths, self.z_H, self.z_L)
-        while live:
-            before = z_H, z_L
-            z_H, z_L = self._step(x, z_H, z_L, lengths)
-            for row in live:
-                self.executed[row] += 1
-            self._decide(live, z_H, lengths)
-            halted = [i for i, row in enumerate(live) if self.halted[row]]
-            ended = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] == limit[row]]
-            self._keep([live[i] for i in halted], *_pick(halted, *(before if keep_before else (z_H, z_L))))
-            self._keep([live[i] for i in ended], *_pick(ended, z_H, z_L))
-            stay = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] < limit[row]]
-            live = [live[i] for i in stay]
-            x, lengths, z_H, z_L = _pick(stay, x, lengths, z_H, z_L)
-
-    def run_last(self, rows: list[int], depth: list[int]) -> None:
-        """Run the last step of `rows` from their kept states: again for those that halted, for the first time for
-        the others, whose step number depth[row] it is."""
-        if not rows:
-            return
-        x, lengths, z_H, z_L = _pick(rows, self.x, self.lengths, self.z_H, self.z_L)
-        from_init = [(self.executed[row] if self.halted[row] else depth[row]) == 1 for row in rows]
-        if any(from_init):
-            # These rows start from the parameters themselves, which so get their gradient.
-            mask = torch.tensor(from_init, device=x.device)[:, None, None]
-            init_H, init_L = self.core.initial_state(x)
-            z_H, z_L = torch.where(mask, init_H, z_H), torch.where(mask, init_L, z_L)
-        z_H, z_L = self._step(x, z_H, z_L, lengths)
-        self._keep(rows, z_H, z_L)
-        undecided = [i for i, row in enumerate(rows) if not self.halted[row]]
-        for i in undecided:
-            self.executed[rows[i]] = depth[rows[i]]
+        A row that does not decide has its last step at its limit, and with `before_last` that step is not run; one that
+        decides to halt has run its last step by then, and what is returned is the state before it.
+        """
+        batch = batch.one_less() if before_last else batch
         with torch.no_grad():
-            self._decide([rows[i] for i in undecided], *_pick(undecided, z_H, lengths))
+            weights = self.weights()
+            driver = self._kernels.driver(weights, batch.x)
+            if driver is None:
+                return host_loop(self, batch, before_last)
+            return self._kernels.run(
+                weights, batch.x, self.H_init, self.L_init, batch.rotary, batch.lengths, batch.limit, batch.may_halt,
+                batch.halt_bias, keep_before=before_last, dropout_p=self.config.dropout if self.training else 0.0,
+                driver=driver,
+            )  # fmt: skip
 
-    def _step(self, x: Tensor, z_H: Tensor, z_L: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        self.row_steps[torch.is_grad_enabled()] += len(x)
-        return self.core.step(x, z_H, z_L, self.rotary, lengths)
+    def replay(self, batch: Batch, found: ops.LoopResult) -> CoreOutput:
+        """Each row's last step with gradient: once more where it halted in the loop, for the first time elsewhere. No
+        synchronisation."""
+        limit = torch.tensor(batch.limit, dtype=torch.int64)
+        may_halt = torch.tensor(batch.may_halt)
+        limit, may_halt = (_to(t, batch.x.device) for t in (limit, may_halt))
+        executed = torch.where(found.halted, found.executed, limit)
+        # Rows whose last step is the first start from the parameters themselves, which so get their gradient.
+        first = (executed == 1)[:, None, None]
+        init_H, init_L = self.initial_state(batch.x)
+        z_H, z_L = torch.where(first, init_H, found.z_H), torch.where(first, init_L, found.z_L)
+        z_H, z_L = self.step(batch.x, z_H, z_L, batch.rotary, batch.lengths)
+        with torch.no_grad():
+            q, halt = self.q_values(z_H, batch.halt_bias, batch.lengths)
+            # what a row decided in the loop stays: the replay's arithmetic may differ in the last bit
+            q = torch.where(found.halted[:, None], found.q, q)
+            halted = found.halted | (halt & may_halt)
+        return CoreOutput(z_H, q, executed, halted, _row_steps(found.executed, len(executed)))
 
-    def _decide(self, rows: list[int], z_H: Tensor, lengths: Tensor | None) -> None:
-        if not rows:
-            return
-        q, halt = self.core.q_values(z_H, self.halt_bias, lengths)
-        self.q = _put(self.q, rows, q)
-        if any(self.may_halt[row] for row in rows):
-            least = self._least_steps()
-            # The only place where the host waits for the device; never reached when every depth is given.
-            for row, decided in zip(rows, halt.tolist(), strict=True):
-                self.halted[row] = decided and self.may_halt[row] and self.executed[row] >= least
-
-    def _least_steps(self) -> int:
-        """Steps before which no row may halt. The published exploration: one draw a step for the whole batch."""
-        if self.exploration == 0 or torch.rand(()).item() >= self.exploration:
-            return 1
-        return int(torch.randint(2, self.max_steps + 1, ()))
-
-    def _keep(self, rows: list[int], z_H: Tensor, z_L: Tensor) -> None:
-        if rows:
-            self.z_H, self.z_L = _put(self.z_H, rows, z_H), _put(self.z_L, rows, z_L)
-
-    def output(self) -> CoreOutput:
-        device = self.x.device
-        executed = torch.tensor(self.executed, dtype=torch.int64, device=device)
-        halted = torch.tensor(self.halted, dtype=torch.bool, device=device)
-        return CoreOutput(self.z_H, self.q, executed, halted, tuple(self.row_steps))
-
-
-def _pick(index: list[int], *tensors: Tensor | None) -> list[Tensor | None]:
-    """Rows `index` (ascending, distinct) of each tensor; a tensor that they cover is passed on without a copy."""
-    return [
-        t if t is None or len(t) == len(index) else t[torch.tensor(index, dtype=torch.int64, device=t.device)]
-        for t in tensors
-    ]
+    def weights(self) -> ops.LoopWeights:
+        """The parameters, as the loop's kernels want them."""
+        levels = (tuple(layer.weights() for layer in level.layers) for level in (self.L_level, self.H_level))
+        return ops.LoopWeights(*levels, self.q_head.weight, self.q_head.bias)
 
 
-def _put(into: Tensor, index: list[int], values: Tensor) -> Tensor:
-    """`into` with its rows `index` replaced by `values`."""
-    if len(into) == len(index):
-        return values
-    return into.index_copy(0, torch.tensor(index, device=into.device), values)
+def _row_steps(executed: Tensor, replayed: int) -> Tensor:
+    looped = executed.sum()
+    return torch.stack([looped, torch.full_like(looped, replayed)])
+
+
+def _to(t: Tensor, device: torch.device) -> Tensor:
+    """`t` on `device`; to a GPU without waiting for it."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)

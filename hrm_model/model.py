@@ -35,8 +35,8 @@ class HRMOutput:
     """[B] int64, HRM steps that were run for the row."""
     q_logits: Tensor
     """[B, 2] float32, [halt, continue] after the row's last step."""
-    row_steps: tuple[int, int]
-    """Row-steps that were computed without and with gradient (a training pass looks at some twice)."""
+    row_steps: Tensor
+    """[2] int64: row-steps that were computed without and with gradient (a training pass looks at some twice)."""
 
 
 class HRMForCausalLM(nn.Module):

@@ -340,7 +340,7 @@ def test_no_kernel_spills_at_the_base_size_on_sm_90(offline):
 
 def test_every_product_is_made_by_matrix_instructions_on_sm_90(offline):
     products = {line["kernel"] for line in offline if line["has_dot"]}
-    forward = {"swiglu.forward", "qkv_rope.project", "attention.forward"}
+    forward = {"swiglu.forward", "qkv_rope.project", "attention.forward", "linear.linear"}
     assert products == forward | {"attention.queries_backward", "attention.keys_backward"}
     assert {line["matrix_instruction"] for line in offline if line["has_dot"]} == {"wgmma.mma_async"}
 

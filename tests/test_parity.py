@@ -406,12 +406,14 @@ def test_halting_keeps_the_books_of_rows_that_stop_at_different_steps():
 
     n_rows, n_tokens, width, bias = 37, 5, 16, 0.1
     generator = torch.Generator().manual_seed(0)
-    limit = torch.randint(1, 7, (n_rows,), generator=generator)
+    limit = torch.randint(0, 7, (n_rows,), generator=generator)
     may_halt = torch.rand(n_rows, generator=generator) < 0.7
     lengths = torch.randint(1, n_tokens + 1, (n_rows,), generator=generator)
     w, b = random(2, width, seed=1).float(), random(2, seed=2).float()
-    books = Books.open(limit.to(DEVICE), may_halt.to(DEVICE))
-    active, executed, halted, q = list(range(n_rows)), [0] * n_rows, [False] * n_rows, {}
+    books = Books.blank(random(n_rows, n_tokens, width, seed=0).float())
+    books.open(limit.tolist(), may_halt.tolist())
+    active = [row for row in range(n_rows) if limit[row] > 0]
+    executed, halted, q = [0] * n_rows, [False] * n_rows, dict.fromkeys(range(n_rows), torch.zeros(2, device=DEVICE))
     sizes = []
     for step in range(8):
         z_H = random(n_rows, n_tokens, width, seed=100 + step).float()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import in_autocast
-from . import attention, halting, linear_cross_entropy, qkv_rope, rms_norm, swiglu
+from . import attention, halting, hrm_step, linear_cross_entropy, qkv_rope, rms_norm, swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -99,6 +99,21 @@ def _halting(z_H, w, b, halt_bias, lengths):
     return _dtype(z_H=z_H, w=w, b=b)
 
 
+def _hrm_loop(x, weights, n_head, n_kv_head):
+    if not weights.L or not weights.H:
+        return "a level has no blocks"
+    blocks = (*weights.L, *weights.H)
+    tensors = {f"a block's {name}": t for block in blocks for name, t in block._asdict().items()}
+    shapes = {tuple(None if t is None else t.shape for t in block) for block in blocks}
+    if len(shapes) > 1:
+        return "its blocks differ in shape"
+    for block in blocks:
+        if reason := _one_dtype(block[-7:]):
+            return reason
+    head = _head_dim(blocks[0].q.shape[0] // n_head)
+    return head or _halting(x, weights.q, weights.q_bias, 0.0, None) or _dtype(x=x, **tensors)
+
+
 KERNELS = {
     "rms_norm": Kernel(rms_norm.rms_norm, lambda x, w, eps: _norm(x, None, w)),
     "add_rms_norm": Kernel(rms_norm.add_rms_norm, lambda x, branch, w, eps, keep_sum: _norm(x, branch, w)),
@@ -110,4 +125,6 @@ KERNELS = {
     "rope_gqa_attention": Kernel(attention.rope_gqa_attention, _rope_gqa_attention),
     "linear_cross_entropy": Kernel(linear_cross_entropy.linear_cross_entropy, _linear_cross_entropy),
     "halting": Kernel(halting.halting, _halting),
+    # one step of the loop; who runs it is loop.py
+    "hrm_loop": Kernel(hrm_step.step, _hrm_loop),
 }

@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from ..autocast import cast, compute_dtype
 from ..tuning import Tile, tile
-from .launch import cdiv, dense, kernel_op, launch, needs_grad, power_of_2, precision
-from .parts import rotated
+from .launch import Rows, cdiv, dense, kernel_op, launch, needs_grad, power_of_2, precision
+from .parts import rotated, seed_of
 from .qkv_rope import project, project_backward, rotary_row_stride
 
 LARGEST_HEAD = 128
@@ -87,17 +87,23 @@ def _pass_over_keys(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["application"])
 def _forward(
-    qkv_ptr, lengths_ptr, seed_ptr, out_ptr, lse_ptr, n_heads, T, scale_log2, dropout_p,
+    qkv_ptr, seed_ptr, executed_ptr, out_ptr, lse_ptr, lengths_ptr, active_ptr, n_active_ptr,
+    n_heads, T, scale_log2, dropout_p, application, applications,
     N_HEAD: tl.constexpr, N_KV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVE: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, KEEP_LSE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # the tiles with most keys first, so that short ones fill the end of the grid
     tile_m = tl.num_programs(0) // n_heads - 1 - tl.program_id(0) // n_heads
     head = tl.program_id(0) % n_heads
     sample, h = head // N_HEAD, head % N_HEAD
+    if ACTIVE:
+        if sample >= tl.load(n_active_ptr):
+            return
+        sample = tl.load(active_ptr + sample)
+        head = sample * N_HEAD + h
     length = _length(lengths_ptr, sample, T, HAS_LENGTHS)
     row_stride: tl.constexpr = (N_HEAD + 2 * N_KV) * D
     begin = qkv_ptr + sample.to(tl.int64) * T * row_stride
@@ -111,7 +117,9 @@ def _forward(
         v_ptr = k_ptr + N_KV * D
         top = tl.full((BLOCK_M,), -1.0e30, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
-        seed = tl.load(seed_ptr) if DROPOUT else 0
+        seed = 0
+        if DROPOUT:
+            seed = seed_of(seed_ptr, executed_ptr, active_ptr, application, applications, ACTIVE)
         full = tl.minimum(tile_m * BLOCK_M, length) // BLOCK_N * BLOCK_N
         stop = tl.minimum((tile_m + 1) * BLOCK_M, length)
         acc, top, total = _pass_over_keys(
@@ -127,7 +135,8 @@ def _forward(
         lse = tl.where(real, top + tl.log2(total), float("inf"))
     out = out_ptr + (sample.to(tl.int64) * T * N_HEAD + h) * D
     _store(out, query, T, N_HEAD * D, acc, D, D_PAD)
-    tl.store(lse_ptr + head.to(tl.int64) * T + query, lse, query < T)
+    if KEEP_LSE:
+        tl.store(lse_ptr + head.to(tl.int64) * T + query, lse, query < T)
 
 
 @triton.jit
@@ -247,14 +256,23 @@ def _turned_back(x, rotary_ptr, position, limit, D: tl.constexpr, BLOCK: tl.cons
     " int n_head, int n_kv_head, float dropout_p) -> ()"
 )
 def _launch_forward(qkv, lengths, seed, out, lse, n_head, n_kv_head, dropout_p):
+    start_attention(qkv, seed, out, lse, n_head, n_kv_head, dropout_p, Rows(lengths, None, None))
+
+
+def start_attention(
+    qkv, seed, out, lse, n_head, n_kv_head, dropout_p, which: Rows, executed=None, application=0, applications=1
+) -> None:
+    """Launch the forward kernel for `which` rows: qkv [B, T, N] -> out [B, T, H D], and lse [B, H, T] unless None. With
+    `executed` [B], dropout is drawn anew for each of the `applications` of a step and each step."""
     n_rows, n_tokens, width = qkv.shape
     d = width // (n_head + 2 * n_kv_head)
     chosen = _tile("attention", d, qkv)
     launch(
         _forward, (cdiv(n_tokens, chosen.M) * n_rows * n_head,),
-        qkv, lengths, seed, out, lse, n_rows * n_head, n_tokens, _scale_log2(d), dropout_p,
-        N_HEAD=n_head, N_KV=n_kv_head, D=d, D_PAD=_padded(d),
-        HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0, PRECISION=precision(qkv.dtype),
+        qkv, seed, executed, out, lse, *which,
+        n_rows * n_head, n_tokens, _scale_log2(d), dropout_p, application, applications,
+        N_HEAD=n_head, N_KV=n_kv_head, D=d, D_PAD=_padded(d), **which.flags,
+        DROPOUT=dropout_p > 0, KEEP_LSE=lse is not None, PRECISION=precision(qkv.dtype),
         BLOCK_M=chosen.M, BLOCK_N=chosen.N, **chosen.options,
     )  # fmt: skip
 

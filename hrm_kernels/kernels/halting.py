@@ -41,24 +41,53 @@ class Books(NamedTuple):
     limit: Tensor
     """[B] int32, steps after which a row ends whatever it decides."""
     may_halt: Tensor
-    """[B] int8, 1 where the head's decision counts (0: the row runs to its limit)."""
+    """[B] int32, 1 where the head's decision counts (0: the row runs to its limit)."""
     q: Tensor
     """[B, 2] float32, [halt, continue] after the row's last step."""
+    partial: Tensor
+    """[B, parts, 2] float32, scratch."""
+    ticket: Tensor
+    """[1] int32, 0 between launches."""
 
     @classmethod
-    def open(cls, limit: Tensor, may_halt: Tensor) -> Books:
-        """Books of rows that have not run a step: every limit is at least 1."""
-        n, device = limit.shape[0], limit.device
-        zeros = torch.zeros(n, dtype=torch.int32, device=device)
+    def blank(cls, z_H: Tensor) -> Books:
+        """Memory for the books of a batch z_H [B, T, C]. `open` fills it in."""
+        n, device = z_H.shape[0], z_H.device
+
+        def zeros(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=of, device=device)
+
         return cls(
-            active=torch.arange(n, dtype=torch.int32, device=device),
-            n_active=torch.full((1,), n, dtype=torch.int32, device=device),
-            executed=zeros,
-            halted=zeros.to(torch.int8),
-            limit=limit.to(torch.int32),
-            may_halt=may_halt.to(torch.int8),
-            q=torch.zeros((n, 2), dtype=torch.float32, device=device),
+            *(zeros(n), zeros(1), zeros(n), zeros(n, of=torch.int8), zeros(n), zeros(n), zeros(n, 2, of=torch.float32)),
+            *_scratch(z_H),
         )
+
+    def open(self, limit: list[int], may_halt: list[bool]) -> None:
+        """Begin with rows that have run no step; those with limit 0 are done before they start. No synchronisation."""
+        n = len(limit)
+        rows = [row for row in range(n) if limit[row] > 0]
+        told = torch.tensor([*limit, *map(int, may_halt), *rows, *[0] * (n - len(rows)), len(rows)], dtype=torch.int32)
+        if self.limit.device.type == "cuda":
+            # from pinned memory the host need not wait for the copy, and torch keeps it until the copy is done
+            told = told.pin_memory().to(self.limit.device, non_blocking=True)
+        for field, part in zip((self.limit, self.may_halt, self.active, self.n_active), told.split([n, n, n, 1]), strict=True):
+            field.copy_(part)
+        for field in (self.executed, self.halted, self.q):
+            field.zero_()
+
+
+def _scratch(z_H: Tensor) -> tuple[Tensor, Tensor]:
+    """(partial sums, ticket)."""
+    n_rows, n_tokens, n_channels = z_H.shape
+    n_parts = cdiv(n_tokens, _positions(z_H))
+    partial = torch.empty((n_rows, n_parts, 2), dtype=torch.float32, device=z_H.device)
+    return partial, torch.zeros(1, dtype=torch.int32, device=z_H.device)
+
+
+def _positions(z_H: Tensor) -> int:
+    """Positions of a row that one program sums."""
+    n_rows, _, n_channels = z_H.shape
+    return max(1, min(tile("halting", z_H.dtype, n_rows, z_H.device).M, 8192 // power_of_2(n_channels)))
 
 
 @triton.jit
@@ -124,48 +153,45 @@ def _decide(
                 tl.store(active_ptr + order - 1, rows, goes_on)
                 tl.store(n_active_ptr, tl.sum(goes_on.to(tl.int32), 0))
             tl.store(halt_ptr + rows, halt.to(tl.int8), live)
+            tl.store(ticket_ptr, 0)  # for the next launch
 
 
 @kernel_op(
     "halting_decide(Tensor z_H, Tensor w, Tensor b, Tensor? lengths, Tensor(a!) q, Tensor(b!) halt,"
-    " Tensor(c!)? active, Tensor(d!)? n_active, Tensor(e!)? executed, Tensor? limit, Tensor? may_halt, float halt_bias)"
-    " -> ()"
+    " float halt_bias) -> ()"
 )
-def _launch(z_H, w, b, lengths, q, halt, active, n_active, executed, limit, may_halt, halt_bias):
+def _launch(z_H, w, b, lengths, q, halt, halt_bias):
+    _start(z_H, w, b, lengths, *_scratch(z_H), q, halt, (None,) * 5, halt_bias)
+
+
+def _start(z_H, w, b, lengths, partial, ticket, q, halt, books, halt_bias):
+    """books: active, n_active, executed, limit, may_halt, or five times None."""
     n_rows, n_tokens, n_channels = z_H.shape
-    chosen = tile("halting", z_H.dtype, n_rows, z_H.device)
-    block_c = power_of_2(n_channels)
-    block_t = max(1, min(chosen.M, 8192 // block_c))
-    n_parts = cdiv(n_tokens, block_t)
-    partial = torch.empty((n_rows, n_parts, 2), dtype=torch.float32, device=z_H.device)
-    ticket = torch.zeros(1, dtype=torch.int32, device=z_H.device)
+    n_parts = partial.shape[1]
     launch(
         _decide, (n_rows * n_parts,),
-        z_H, w, b, lengths, partial, ticket, q, halt, active, n_active, executed, limit, may_halt,
+        z_H, w, b, lengths, partial, ticket, q, halt, *books,
         n_rows, n_tokens, z_H.stride(0), z_H.stride(1), halt_bias,
-        C=n_channels, HAS_LENGTHS=lengths is not None, HAS_BOOKS=active is not None,
-        BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_B=power_of_2(n_rows),
-        BLOCK_PARTS=power_of_2(n_parts), **chosen.options,
+        C=n_channels, HAS_LENGTHS=lengths is not None, HAS_BOOKS=books[0] is not None,
+        BLOCK_T=_positions(z_H), BLOCK_C=power_of_2(n_channels), BLOCK_B=power_of_2(n_rows),
+        BLOCK_PARTS=power_of_2(n_parts), **tile("halting", z_H.dtype, n_rows, z_H.device).options,
     )  # fmt: skip
 
 
 def keep_books(z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float, lengths: Tensor | None, books: Books) -> None:
     """After a step: score the active rows of z_H [B, T, C], count the step, and rewrite the list of rows that go on.
 
-    Rows that are not active are neither read nor written. No synchronisation.
+    Rows that are not active are neither read nor written. No synchronisation, nothing allocated. Arguments are dense.
     """
-    w, b, lengths = dense(w, b, lengths)
-    _launch(
-        z_H if z_H.stride(2) == 1 else z_H.contiguous(), w, b, lengths,
-        books.q, books.halted, books.active, books.n_active, books.executed, books.limit, books.may_halt, halt_bias,
-    )  # fmt: skip
+    kept = books.active, books.n_active, books.executed, books.limit, books.may_halt
+    _start(z_H, w, b, lengths, books.partial, books.ticket, books.q, books.halted, kept, halt_bias)
 
 
 def _score(z_H, w, b, lengths, halt_bias):
     """(q [B, 2], decision [B])."""
     q = torch.empty((z_H.shape[0], 2), dtype=torch.float32, device=z_H.device)
     halt = torch.empty(z_H.shape[0], dtype=torch.int8, device=z_H.device)
-    _launch(z_H, w, b, lengths, q, halt, None, None, None, None, None, halt_bias)
+    _launch(z_H, w, b, lengths, q, halt, halt_bias)
     return q, halt.bool()
 
 

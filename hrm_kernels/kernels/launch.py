@@ -20,6 +20,25 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+class Rows(NamedTuple):
+    """Which rows of a batch [B, T, ...] a kernel works on, in the order of its arguments. Tensors are on the device, so
+    that a kernel queued now can look at what an earlier one decided."""
+
+    lengths: Tensor | None
+    """[B] int64: positions from a row's length on are left out. None: none are."""
+    active: Tensor | None
+    """[B] int32: the first n_active are the rows to work on. None: all are."""
+    n_active: Tensor | None
+    """[1] int32."""
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """A kernel's constants."""
+        return {"ACTIVE": self.active is not None, "HAS_LENGTHS": self.lengths is not None}
+
+
+EVERY_ROW = Rows(None, None, None)
+
 _recording: list[Launch] | None = None
 
 

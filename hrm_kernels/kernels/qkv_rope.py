@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import cdiv, dense, kernel_op, launch, needs_grad, precision, rows
-from .parts import rotated, tile_of
+from .launch import EVERY_ROW, Rows, cdiv, dense, kernel_op, launch, needs_grad, precision, rows
+from .parts import how_many, product, rotated, tile_of, tokens_of
 
 
 @triton.jit
@@ -33,42 +33,41 @@ def _column_of_three(column, n_q, n_kv, q_ptr, k_ptr, v_ptr, stride):
 @triton.jit
 def _project(
     x_ptr, w_q_ptr, w_k_ptr, w_v_ptr, b_q_ptr, b_k_ptr, b_v_ptr, rotary_ptr, qkv_ptr,
-    M, T, x_row_stride, rotary_row_stride,
+    lengths_ptr, active_ptr, n_active_ptr, M, T, x_row_stride, rotary_row_stride,
     K: tl.constexpr, N_Q: tl.constexpr, N_KV: tl.constexpr, D: tl.constexpr,
     HAS_BIAS: tl.constexpr, ROTATE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = N_Q + 2 * N_KV
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = how_many(M, T, n_active_ptr, ACTIVE)
+    n_m, n_n = tl.cdiv(count, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    if tl.program_id(0) >= n_m * n_n:
+        return
+    tile_m, tile_n = tile_of(tl.program_id(0), n_m, n_n, 8)
+    index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    place, row, position, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
+    if HAS_LENGTHS and tl.max(real.to(tl.int32), 0) == 0:
+        return
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    real_row = tl.minimum(row, M - 1)
     real_column = tl.minimum(column, N - 1)
-    x_ptrs = x_ptr + real_row.to(tl.int64)[:, None] * x_row_stride + k[None, :]
+    x_ptrs = x_ptr + place[:, None] * x_row_stride + k[None, :]
     w_row = _column_of_three(real_column, N_Q, N_KV, w_q_ptr, w_k_ptr, w_v_ptr, K)
     if ALIGNED:
         w_row = tl.multiple_of(w_row, 16)  # bytes; the choice between addresses has hidden it from the compiler
-    w_ptrs = w_row[None, :] + k[:, None]
     out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            x = tl.load(x_ptrs + start)
-            w = tl.load(w_ptrs + start)
-        else:
-            x = tl.load(x_ptrs + start, (start + k < K)[None, :], other=0.0)
-            w = tl.load(w_ptrs + start, (start + k < K)[:, None], other=0.0)
-        out = tl.dot(x.to(w.dtype), w, out, input_precision=PRECISION)
+    out = product(out, x_ptrs, w_row[None, :] + k[:, None], K, PRECISION, BLOCK_K)
     if HAS_BIAS:
         bias = tl.load(_column_of_three(real_column, N_Q, N_KV, b_q_ptr, b_k_ptr, b_v_ptr, 1))
         out += bias.to(tl.float32)[None, :]
     if ROTATE and tile_n * BLOCK_N < N_Q + N_KV:
-        angle = (real_row // T) * rotary_row_stride + (real_row % T) * D
+        angle = row * rotary_row_stride + position * D
         angles = tl.load(rotary_ptr + angle[:, None] + (column % D)[None, :])
         pair = tile_n * BLOCK_N + 2 * tl.arange(0, BLOCK_N // 2)
         out = rotated(out, angles, (pair < N_Q + N_KV)[None, :], False, BLOCK_M, BLOCK_N)
-    out_ptrs = qkv_ptr + row.to(tl.int64)[:, None] * N + column[None, :]
-    tl.store(out_ptrs, out.to(qkv_ptr.dtype.element_ty), (row < M)[:, None] & (column < N)[None, :])
+    out_ptrs = qkv_ptr + place[:, None] * N + column[None, :]
+    tl.store(out_ptrs, out.to(qkv_ptr.dtype.element_ty), real[:, None] & (column < N)[None, :])
 
 
 @triton.jit
@@ -96,15 +95,20 @@ def rotary_row_stride(rotary: Tensor | None) -> int:
     " Tensor? rotary, Tensor(a!) qkv, SymInt n_tokens) -> ()"
 )
 def launch_qkv_rope(x, w_q, w_k, w_v, b_q, b_k, b_v, rotary, qkv, n_tokens):
-    m, k = x.shape
+    start_projection(x, (w_q, w_k, w_v), (b_q, b_k, b_v), rotary, qkv, n_tokens, EVERY_ROW)
+
+
+def start_projection(x, weights, biases, rotary, qkv, n_tokens: int, which: Rows) -> None:
+    """Launch the kernel for `which` rows: x [M, C] -> qkv [M, N], every tensor dense along its last axis."""
+    (m, k), (w_q, w_k, w_v) = x.shape, weights
     chosen = tile("qkv", w_q.dtype, m, x.device)
     aligned = all(address % 16 == 0 for address in (k * w_q.element_size(), *(w.data_ptr() for w in (w_q, w_k, w_v))))
     launch(
         _project, (cdiv(m, chosen.M) * cdiv(qkv.shape[1], chosen.N),),
-        x, w_q, w_k, w_v, b_q, b_k, b_v, rotary, qkv,
-        m, n_tokens, x.stride(0), rotary_row_stride(rotary),
+        x, *weights, *biases, rotary, qkv, *which, m, n_tokens, x.stride(0), rotary_row_stride(rotary),
         K=k, N_Q=w_q.shape[0], N_KV=w_k.shape[0], D=2 if rotary is None else 2 * rotary.shape[-2],
-        HAS_BIAS=b_q is not None, ROTATE=rotary is not None, ALIGNED=aligned, PRECISION=precision(w_q.dtype),
+        HAS_BIAS=biases[0] is not None, ROTATE=rotary is not None, ALIGNED=aligned, PRECISION=precision(w_q.dtype),
+        **which.flags,
         BLOCK_M=chosen.M, BLOCK_N=chosen.N, BLOCK_K=chosen.K, **chosen.options,
     )  # fmt: skip
 

@@ -20,23 +20,31 @@ from torch.autograd.function import once_differentiable
 
 from ..autocast import cast, compute_dtype
 from ..tuning import tile
-from .launch import cdiv, dense, kernel_op, launch, needs_grad, precision, rows
-from .parts import silu_and_slope, tile_of
+from .launch import EVERY_ROW, Rows, cdiv, dense, kernel_op, launch, needs_grad, precision, rows
+from .parts import how_many, silu_and_slope, tile_of, tokens_of
 
 
 @triton.jit
 def _forward(
     x_ptr, w_gate_ptr, w_up_ptr, b_gate_ptr, b_up_ptr, h_ptr, gate_ptr, up_ptr,
-    M, x_row_stride, w_gate_row_stride, w_up_row_stride,
+    lengths_ptr, active_ptr, n_active_ptr, M, T, x_row_stride, w_gate_row_stride, w_up_row_stride,
     K: tl.constexpr, F: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(F, BLOCK_N), 8)
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = how_many(M, T, n_active_ptr, ACTIVE)
+    n_m, n_n = tl.cdiv(count, BLOCK_M), tl.cdiv(F, BLOCK_N)
+    if tl.program_id(0) >= n_m * n_n:
+        return
+    tile_m, tile_n = tile_of(tl.program_id(0), n_m, n_n, 8)
+    index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
+    if HAS_LENGTHS and tl.max(real.to(tl.int32), 0) == 0:
+        return
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # rows and columns beyond the edge read the last real one, which costs no mask, and are not stored
-    x_ptrs = x_ptr + tl.minimum(row, M - 1).to(tl.int64)[:, None] * x_row_stride + k[None, :]
+    # columns beyond the edge read the last real one, which costs no mask, and are not stored
+    x_ptrs = x_ptr + place[:, None] * x_row_stride + k[None, :]
     w_row = tl.minimum(column, F - 1)
     gate_ptrs = w_gate_ptr + w_row[None, :] * w_gate_row_stride + k[:, None]
     up_ptrs = w_up_ptr + w_row[None, :] * w_up_row_stride + k[:, None]
@@ -57,8 +65,8 @@ def _forward(
     if HAS_BIAS:
         gate += tl.load(b_gate_ptr + w_row).to(tl.float32)[None, :]
         up += tl.load(b_up_ptr + w_row).to(tl.float32)[None, :]
-    out = row.to(tl.int64)[:, None] * F + column[None, :]
-    mask = (row < M)[:, None] & (column < F)[None, :]
+    out = place[:, None] * F + column[None, :]
+    mask = real[:, None] & (column < F)[None, :]
     # rounded whether they are stored or not, so that a pass without gradient computes the same bits as one with
     gate = gate.to(h_ptr.dtype.element_ty)
     up = up.to(h_ptr.dtype.element_ty)
@@ -97,13 +105,19 @@ def _gate_backward(
     " Tensor(b!)? gate, Tensor(c!)? up) -> ()"
 )
 def _launch_forward(x, w_gate, w_up, b_gate, b_up, h, gate, up):
-    (m, k), f = x.shape, w_gate.shape[0]
+    start_swiglu(x, (w_gate, w_up), (b_gate, b_up), h, (gate, up), x.shape[0], EVERY_ROW)
+
+
+def start_swiglu(x, weights, biases, h, kept, n_tokens: int, which: Rows) -> None:
+    """Launch the kernel for `which` rows: x [M, C] -> h [M, F], and the two products into `kept` unless they are None."""
+    (m, k), (w_gate, w_up) = x.shape, weights
+    f = w_gate.shape[0]
     chosen = tile("swiglu", w_gate.dtype, m, x.device)
     launch(
         _forward, (cdiv(m, chosen.M) * cdiv(f, chosen.N),),
-        x, w_gate, w_up, b_gate, b_up, h, gate, up,
-        m, x.stride(0), w_gate.stride(0), w_up.stride(0),
-        K=k, F=f, HAS_BIAS=b_gate is not None, KEEP=gate is not None, PRECISION=precision(w_gate.dtype),
+        x, *weights, *biases, h, *kept, *which, m, n_tokens, x.stride(0), w_gate.stride(0), w_up.stride(0),
+        K=k, F=f, HAS_BIAS=biases[0] is not None, KEEP=kept[0] is not None, PRECISION=precision(w_gate.dtype),
+        **which.flags,
         BLOCK_M=chosen.M, BLOCK_N=chosen.N, BLOCK_K=chosen.K, **chosen.options,
     )  # fmt: skip
 

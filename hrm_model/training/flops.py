@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -34,7 +35,7 @@ def block_flops(config: HRMConfig, n_tokens: int) -> float:
     return 2.0 * (projections + mlp) + 2.0 * n_tokens * c.n_embd
 
 
-def training_flops(config: HRMConfig, n_tokens: int, n_rows: int, row_steps: tuple[int, int]) -> float:
+def training_flops(config: HRMConfig, n_tokens: int, n_rows: int, row_steps: Sequence[int]) -> float:
     """FLOPs of forward and backward for `n_rows` rows of `n_tokens` tokens, for the steps that really ran.
 
     row_steps counts HRM steps of rows without gradient (1 forward) and with (1 forward + 2 backward). Everything

@@ -171,7 +171,7 @@ class Pretraining:
             group["lr"] = lr
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses, numbers, executed, flops = [], [], [], 0.0
+        losses, numbers, executed, row_steps = [], [], [], []
         for micro in range(run.accumulation):
             first = (self.step * run.accumulation + micro) * run.batch_size
             try:
@@ -189,11 +189,13 @@ class Pretraining:
             losses.append(out.loss.detach())
             numbers.append(samples)
             executed.append(out.executed_steps)
-            flops += training_flops(self.config, inputs.shape[1], len(inputs), out.row_steps)
+            row_steps.append(out.row_steps)
         norm = clip_gradients(model, run.grad_clip)
         per_micro = torch.stack([*losses, norm]).tolist()  # the host waits for the device only here
         self._require_finite(per_micro[:-1], per_micro[-1], numbers)
         depths = Counter(torch.cat(executed).tolist())
+        ran = torch.stack(row_steps).sum(0).tolist()
+        flops = training_flops(self.config, inputs.shape[1], run.batch_size * run.accumulation, ran)
         self.optimizer.step()
         self.step += 1
         return StepResult(sum(per_micro[:-1]) / run.accumulation, per_micro[-1], lr, depths, flops)

@@ -1,0 +1,239 @@
+"""The batched-halting loop on kernels: every row of a batch to its own depth, the list of those that go on kept on the
+device. What a step is, is kernels/hrm_step.py; who starts the steps, drivers.py.
+
+Source: Wang et al., "Hierarchical Reasoning Model", 2025, for the two levels; the loop with a list of live rows is ours.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend, checks, drivers, tuning
+from .autocast import compute_dtype
+from .scratch import Scratch
+
+MOST_SHAPES = 8
+"""Shapes of batches whose captured graphs a loop keeps, the latest. They share one piece of memory."""
+
+MOST_GRAPHS = 4
+"""Graphs of one shape: for other weights, halting biases, numbers of steps."""
+
+
+class BlockWeights(NamedTuple):
+    """Parameters of one post-norm block; biases all None, or all there."""
+
+    norm_1: Tensor
+    """[C]"""
+    q: Tensor
+    """[H D, C]"""
+    k: Tensor
+    """[K D, C]"""
+    v: Tensor
+    """[K D, C]"""
+    o: Tensor
+    """[C, H D]"""
+    norm_2: Tensor
+    """[C]"""
+    gate: Tensor | None
+    """[F, C]; None where the MLP is Linear, GELU, Linear."""
+    up: Tensor
+    """[F, C]"""
+    down: Tensor
+    """[C, F]"""
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class LoopWeights(NamedTuple):
+    """Parameters of a core."""
+
+    L: tuple[BlockWeights, ...]
+    H: tuple[BlockWeights, ...]
+    q: Tensor
+    """[2, C]"""
+    q_bias: Tensor
+    """[2]"""
+
+
+class LoopResult(NamedTuple):
+    """What the loop did. B rows, T positions, C channels."""
+
+    z_H: Tensor
+    """[B, T, C] of each row after its last step; with keep_before, of a row that halted by decision before it. From a
+    row's length on: finite, otherwise unspecified."""
+    z_L: Tensor
+    """[B, T, C], likewise."""
+    q: Tensor
+    """[B, 2] float32, [halt, continue] after each row's last step; 0 of rows that ran none."""
+    executed: Tensor
+    """[B] int64, steps run."""
+    halted: Tensor
+    """[B] bool, whether the row stopped by the head's decision."""
+
+
+class HRMLoop:
+    """Runs every row of a batch for as long as it needs, forward only. One for each core: it holds scratch memory and
+    captured graphs, which a copy of the core does not share.
+
+    Args:
+        n_head: H. n_kv_head: K. H_cycles, L_cycles: of one step. eps: the norms'.
+    """
+
+    def __init__(self, n_head: int, n_kv_head: int, H_cycles: int, L_cycles: int, eps: float):
+        self._arguments = n_head, n_kv_head, H_cycles, L_cycles, eps
+        self.release()
+
+    def __deepcopy__(self, memo) -> HRMLoop:
+        return HRMLoop(*self._arguments)
+
+    def __reduce__(self):
+        return HRMLoop, self._arguments
+
+    def release(self) -> None:
+        """Give scratch memory and captured graphs back."""
+        self._lock = threading.Lock()
+        self._scratch = Scratch()
+        self._shapes: OrderedDict[tuple, _Shape] = OrderedDict()
+        self._copies: tuple[list, list[Tensor]] = [], []
+        self._done: torch.cuda.Event | None = None
+
+    def driver(self, weights: LoopWeights, x: Tensor) -> str | None:
+        """Who would start the steps over x, a name of drivers.py; None where the model's own loop is to run.
+
+        Raises:
+            BackendError: kernels, or a driver, were asked for by name and cannot run; the message says why.
+        """
+        return backend.loop_driver(x, weights, *self._arguments[:2])
+
+    def run(
+        self,
+        weights: LoopWeights,
+        x: Tensor,
+        init_H: Tensor,
+        init_L: Tensor,
+        rotary: Tensor | None,
+        lengths: Tensor | None,
+        limit: Sequence[int],
+        may_halt: Sequence[bool],
+        halt_bias: float = 0.0,
+        *,
+        keep_before: bool = False,
+        dropout_p: float = 0.0,
+        driver: str = "host",
+    ) -> LoopResult:
+        """Step row r until its decision or limit[r] steps.
+
+        Args:
+            weights: of any float dtype; under autocast, and where their dtype is not x's, copies are made once a call.
+            x: [B, T, C] float32, bfloat16 or float16: output of the input blocks.
+            init_H, init_L: [C], where every position starts.
+            rotary: as for hrm_kernels.qkv_rope. lengths: [B] integers or None; looked at where that costs no waiting.
+            limit: B integers, at least 0. may_halt: B flags: whether the head's decision counts for the row.
+            halt_bias: added to q_halt. dropout_p: of attention weights and branch outputs, drawn anew in every step.
+            keep_before: of rows that halt by decision return the state before their last step, to run it again.
+            driver: "host", "graph" or "while"; see drivers.py. All give the same bits.
+
+        Raises:
+            ValueError: an argument of the wrong shape or out of range, before anything is launched.
+        """
+        checks.hrm_loop(weights, x, init_H, init_L, rotary, lengths, limit, may_halt, dropout_p)
+        from .kernels.hrm_step import Sizes, step
+
+        sizes = Sizes(*self._arguments, halt_bias, dropout_p)
+        # memory made within inference mode could not be written to outside it
+        with self._lock, torch.inference_mode(False), torch.no_grad():  # the former switches gradients on
+            if self._done is not None and x.is_cuda:  # the last call may have been on another stream
+                torch.cuda.current_stream(x.device).wait_event(self._done)
+            weights = self._in_one_type(weights, compute_dtype(x))
+            shape = self._shape(weights, x, rotary, lengths, keep_before)
+            space = shape.space
+            space.fill(x, init_H, init_L, rotary, lengths, dropout_p)
+            books = space.books
+            steps = drivers.Steps(lambda: step(space, weights, sizes), books.n_active, max(limit), any(may_halt))
+            if driver == "host":
+                books.open(limit, may_halt)
+                drivers.host(steps)
+            else:
+                graph = shape.graph(driver, steps, weights, sizes)
+                books.open(limit, may_halt)
+                graph.run()
+            halted = books.halted.bool()
+            z_H, z_L = space.z_H, space.z_L
+            if keep_before:
+                decided = halted[:, None, None]
+                z_H, z_L = torch.where(decided, space.before_H, z_H), torch.where(decided, space.before_L, z_L)
+            else:
+                z_H, z_L = z_H.clone(), z_L.clone()
+            result = LoopResult(z_H, z_L, books.q.clone(), books.executed.long(), halted)
+            if x.is_cuda:
+                self._done = torch.cuda.current_stream(x.device).record_event()
+        return result
+
+    def _in_one_type(self, weights: LoopWeights, dtype: torch.dtype) -> LoopWeights:
+        """`weights` dense, matrices and biases in `dtype`: the parameters themselves where they are so, else copies in
+        memory that stays in its place (graphs hold its address), filled anew by every call."""
+        blocks = [b._asdict() for b in (*weights.L, *weights.H)]
+        wanted = [
+            (i, name, t)
+            for i, block in enumerate(blocks)
+            for name, t in block.items()
+            if t is not None and not name.startswith("norm") and (t.dtype != dtype or not t.is_contiguous())
+        ]
+        if not wanted:
+            return weights
+        key = [(i, name, t.shape, dtype, t.device) for i, name, t in wanted]
+        if self._copies[0] != key:
+            self._copies = key, [torch.empty(t.shape, dtype=dtype, device=t.device) for _, _, t in wanted]
+        torch._foreach_copy_(self._copies[1], [t.detach() for _, _, t in wanted])
+        for (i, name, _), copy in zip(wanted, self._copies[1], strict=True):
+            blocks[i][name] = copy
+        made = tuple(BlockWeights(**b) for b in blocks)
+        return weights._replace(L=made[: len(weights.L)], H=made[len(weights.L) :])
+
+    def _shape(self, weights: LoopWeights, x: Tensor, rotary, lengths, keep_before: bool) -> _Shape:
+        from .kernels.hrm_step import Space
+
+        block = weights.L[0]
+        dtype, width, hidden = block.up.dtype, block.q.shape[0] + 2 * block.k.shape[0], block.up.shape[0]
+        given = [None if t is None else t.shape for t in (x, rotary, lengths)]
+        key = (*given, x.dtype, x.device, dtype, width, hidden, keep_before, tuning.overrides())
+        if key not in self._shapes:
+            sizes = Space.sizes(x, dtype, width, hidden, rotary, lengths, keep_before)
+            if self._scratch.grow(sizes, x.device):
+                self._shapes.clear()  # graphs hold addresses
+            self._shapes[key] = _Shape(Space.of(self._scratch.carve(sizes), x))
+        self._shapes.move_to_end(key)
+        while len(self._shapes) > MOST_SHAPES:
+            self._shapes.popitem(last=False)
+        return self._shapes[key]
+
+
+class _Shape:
+    """One shape of batch: its views of the scratch memory, its books, and what was captured for it."""
+
+    def __init__(self, space):
+        self.space = space
+        self._graphs: OrderedDict[tuple, drivers.Graph] = OrderedDict()
+
+    def graph(self, driver: str, steps: drivers.Steps, weights: LoopWeights, sizes) -> drivers.Graph:
+        """The graph of `steps`, captured if there is none with these weights' addresses yet."""
+        tensors = [t for block in (*weights.L, *weights.H) for t in block if t is not None]
+        addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias))
+        key = driver, sizes, addresses, steps.most if driver == "graph" else None
+        if key not in self._graphs:
+            self._graphs[key] = drivers.capture(driver, steps)
+            while len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
