@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
+import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,23 +72,17 @@ def event_times(
     return times
 
 
-def seconds(
-    work: dict[str, Callable[[], Any]],
-    repeats: int,
-    device: torch.device,
-    after: Callable[[str], None] = lambda name: None,
-) -> dict[str, list[float]]:
-    """Of each piece of work, by the clock that suits the device."""
-    return event_times(work, repeats, after) if device.type == "cuda" else interleaved(work, repeats, device)
-
-
-def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large square product, median of ten. Random numbers: zeros can run faster."""
+def large_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Any], float]:
+    """(a square matrix product that fills the device, its FLOPs). Of random numbers: zeros can run faster."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    times = seconds({"product": lambda: torch.mm(a, b, out=product)}, 10, device)
-    return 2 * side**3 / statistics.median(times["product"])
+    return lambda: torch.mm(a, b, out=product), 2.0 * side**3
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory that tensors hold; 0 where it cannot be read."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
@@ -102,6 +96,67 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be asked for; None where it cannot be read."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+class Activity(NamedTuple):
+    """What a call makes the device do."""
+
+    kernels: int
+    """Kernels that the profiler saw running."""
+    waits: int
+    """Times that the host waits for the device between the call's first launch and its last."""
+
+
+def device_activity(call: Callable[[], Any], device: torch.device) -> Activity | None:
+    """Kernels and waits of a call, by torch.profiler; None but on a CUDA device whose profiler sees launches."""
+    if device.type != "cuda":
+        return None
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profiler:
+        call()
+        wait(device)
+    on_host, on_device = [], []
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        where = on_device if event.device_type == torch.autograd.DeviceType.CUDA else on_host
+        if not event.is_user_annotation:
+            where.append(event.name)
+    if not any(map(_LAUNCH.match, on_host)):
+        return None
+    return Activity(sum(not _NO_KERNEL.match(name) for name in on_device), waits_between_launches(on_host))
+
+
+_LAUNCH = re.compile(r"cu(da)?(Graph)?Launch")
+_WAIT = re.compile(r"cu(da)?((Stream|Event|Device|Ctx)Synchronize|Memcpy(?!\w*Async))")
+_NO_KERNEL = re.compile(r"Mem(cpy|set)\b|.* Sync\b")
+
+
+def waits_between_launches(calls: Sequence[str]) -> int:
+    """Of a host's calls in their order, how many wait for the device and have launches before and after them.
+
+    Those are waiting calls of CUDA's runtime and driver; copies count where they are not asynchronous.
+    """
+    launches = [i for i, name in enumerate(calls) if _LAUNCH.match(name)]
+    return sum(bool(_WAIT.match(name)) for name in calls[launches[0] : launches[-1]]) if launches else 0
+
+
+def print_table(columns: dict[str, Callable[[dict[str, Any]], str]], rows: Iterable[dict[str, Any]]) -> None:
+    """A line for each row under the columns' names; a column says what it shows of a row. The first is set left."""
+    lines = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
+    first, *others = (max(map(len, cells)) for cells in zip(*lines, strict=True))
+    for head, *cells in lines:
+        print(f"{head:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others, strict=True)))
 
 
 def wait(device: torch.device) -> None:

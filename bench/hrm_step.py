@@ -1,166 +1,405 @@
-"""Does a sample cost what it thinks? Time of a batch against the HRM steps its rows really run.
+"""What does the loop over HRM steps cost, for batches whose rows stop at different steps?
 
-    python bench/hrm_step.py                 # the small model on this device; three minutes on two CPU cores
-    python bench/hrm_step.py --save          # also appends to bench/results/hrm_step.jsonl
+    python bench/hrm_step.py                                  # base on a GPU; small on a CPU, some two minutes
+    python bench/hrm_step.py --batch-sizes 64 --tokens 512 --depths all-1 bimodal all-S --save --plot hrm_step.png
 
-Batches whose rows stop at different steps are timed, forward and as a training iteration, and fitted by
+Timed is the loop alone, without gradient, weights and activations in one type: from the input blocks' output to each
+row's final z_H. Times are of the clock, so they have what Python and the waiting for the device cost. Implementations:
 
-    seconds = a + b * (executed row-steps)
+    published     bench/published.py: every row runs until the slowest is done; the baseline of every ratio
+    reference     our loop on the host, eager
+    compile       the same, its blocks by torch.compile (on a CPU only where it is named)
+    fused-host, fused-graph, fused-while
+                  our loop on kernels, its steps started by that driver (hrm_kernels/drivers.py; need a CUDA device)
 
-If rows that are done cost nothing, the fit is close (residuals within 15 %) and a agrees with what it should be: a
-batch forced to one step, less that step. The published behaviour, which computes every row until the slowest is done,
-runs the same batches in the same turns. Numbers are checked before anything is timed. The last line is JSON.
+Rows stop where they shall because the head decides so everywhere or nowhere: a bias of +inf ends every row after one
+step, and with -inf a row runs to its limit, but nobody knows that beforehand, so after every step what goes on has to
+be found out. In "all-S-given" nothing can be decided, and nobody has to ask.
+
+All get the same rows. Before anything is timed, each row's z_H and its steps are held to the reference's; if one
+differs nothing is timed. Executed row-steps are what an implementation really ran. Per size and implementation
+
+    time = a + b x (executed row-steps)
+
+is fitted. Where a row that is done costs nothing and nothing is paid once a batch, a is 0. Its limit is 5 % of the time
+of all rows at full depth; the limit of graph and while is 0 waits of the host between the first launch and the last.
+The last line is JSON. Exit status: 0; 1 where numbers differ, an implementation fails, or with --strict a limit is not
+kept; 2 for wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
+import itertools
 import json
 import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
-from bench.common import environment, interleaved, save
-from bench.published import PublishedHRM
+import hrm_kernels as ops
+from bench.common import (
+    device_activity,
+    environment,
+    free_bytes,
+    interleaved,
+    large_product,
+    peak_bytes,
+    positive,
+    print_table,
+    save,
+)
+from bench.hrm_step_cases import (
+    DEPTHS,
+    NAMES,
+    Case,
+    Loop,
+    Start,
+    bytes_needed,
+    cases,
+    check,
+    kernels_of_a_step,
+    why_not,
+)
 from hrm_model import HRMConfig, HRMForCausalLM
-from hrm_model.training.device import choose_device
+from hrm_model.config import PRESETS
+from hrm_model.training.device import choose_device, choose_dtype
+from hrm_model.training.flops import block_flops
 
-RESIDUAL_LIMIT = 0.15
-"""Of the measured time: largest residual of the fit, and what a may differ by from a one-step batch less its step."""
-
-
-def depth_mixes(n_rows: int, max_steps: int) -> dict[str, list[int]]:
-    """Name -> depth of each row; sums from n_rows to n_rows * max_steps, with few and with many distinct depths."""
-    spread = [1 + (i * max_steps) // n_rows for i in range(n_rows)]
-    half = max(1, max_steps // 2)
-    return {
-        "all 1": [1] * n_rows,
-        "one deep": [1] * (n_rows - 1) + [max_steps],
-        "quarter deep": [max_steps] * (n_rows // 4) + [1] * (n_rows - n_rows // 4),
-        "half at S/2": [half] * (n_rows // 2) + [1] * (n_rows - n_rows // 2),
-        "all S/2": [half] * n_rows,
-        "spread 1..S": spread,
-        "half deep": [max_steps] * (n_rows // 2) + [1] * (n_rows - n_rows // 2),
-        "one shallow": [max_steps] * (n_rows - 1) + [1],
-        "all S": [max_steps] * n_rows,
-    }
+A_LIMIT = 0.05
+"""Of the time of all rows at full depth: the most that a batch may cost beyond its steps."""
 
 
-def check(model: HRMForCausalLM, ids: torch.Tensor, mixes: dict[str, list[int]]) -> float:
-    """Largest relative difference between a row of a mixed batch and the same row alone; raises above 1e-4."""
-    worst = 0.0
-    with torch.no_grad():
-        mixed = model(ids, force_steps=mixes["spread 1..S"])
-        for row, depth in enumerate(mixes["spread 1..S"]):
-            alone = model(ids[row : row + 1], force_steps=depth).logits[0]
-            worst = max(worst, ((mixed.logits[row] - alone).norm() / alone.norm()).item())
-    if worst > 1e-4:
-        raise SystemExit(f"error: a row's logits depend on its batch ({worst:.1e} relative): nothing was timed")
-    return worst
+# -- times -------------------------------------------------------------------------------------------------------------
 
 
-def published_depths(model: HRMForCausalLM, ids: torch.Tensor, steps: int) -> PublishedHRM:
-    """The published loop on a model whose head stops every row after exactly `steps` steps (or never, at S)."""
-    shallow = HRMForCausalLM(HRMConfig(**{**vars(model.config), "hrm_max_steps": steps}))
-    shallow.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        shallow.hrm_core.q_head.weight.zero_()
-        shallow.hrm_core.q_head.bias.copy_(torch.tensor([-5.0, 5.0]))
-    return PublishedHRM(shallow.to(ids.device).train(model.training))
+def measure(loops: list[Loop], config: HRMConfig, start: Start, todo: list[Case], repeats: int) -> list[dict[str, Any]]:
+    """A record for each case and implementation at one size, all run in turns."""
+    x = start.xs[0]
+    n_rows, n_tokens, device = *x.shape[:2], x.device
+    for loop in loops:
+        loop.prepare(n_tokens)
+    works = {loop.work(case): loop for case in todo for loop in loops}
+    calls = {work: (lambda work=work, loop=loop: loop.run(x, start, work)) for work, loop in works.items()}
+    peaks, active = {}, {}
+    if device.type == "cuda":
+        for work, call in calls.items():
+            works[work].release()
+            peaks[work] = peak_bytes(call, device)  # with scratch memory and graphs
+            active[work] = device_activity(call, device)
+    product, product_flops = large_product(x.dtype, device)
+    times = interleaved({**calls, "product": product}, repeats, device)
+    ceiling = product_flops / statistics.median(times.pop("product"))
+
+    row_step_flops = n_tokens * block_flops(config, n_tokens) * config.blocks_per_step
+    records = []
+    for case in todo:
+        for loop in loops:
+            work = loop.work(case)
+            seconds, row_steps = statistics.median(times[work]), sum(work.executed)
+            activity = active.get(work)
+            records.append({
+                "batch": n_rows, "tokens": n_tokens, "depths": case.name, "given": case.given,
+                "implementation": loop.name,
+                "mean_depth": statistics.mean(case.depths), "row_steps": row_steps,
+                "ms": seconds * 1e3, "ms_least": min(times[work]) * 1e3, "ms_most": max(times[work]) * 1e3,
+                "us_per_row_step": seconds / row_steps * 1e6,
+                "kernels": activity and activity.kernels, "host_waits": activity and activity.waits,
+                "tflops": row_steps * row_step_flops / seconds / 1e12,
+                "matmul_ceiling_tflops": ceiling / 1e12,
+                "share_of_matmul_ceiling": row_steps * row_step_flops / seconds / ceiling,
+                "peak_bytes": peaks.get(work),
+            })  # fmt: skip
+    published = {record["depths"]: record["ms"] for record in records if record["implementation"] == "published"}
+    for record in records:
+        theirs = published.get(record["depths"])
+        record["speedup_vs_published"] = theirs and theirs / record["ms"]
+    return records
 
 
 def fit(row_steps: list[int], seconds: list[float]) -> tuple[float, float, float]:
-    """(a, b, largest |residual| / measured) of the least-squares line seconds = a + b * row_steps."""
+    """(a, b, largest |residual| / measured) of the line seconds = a + b * row_steps with the least squares of residuals
+    relative to what was measured.
+
+    Relative, because noise is: a machine's clock and neighbours change a time by so many per cent. Of plain squares
+    nearly all would be the longest batches', and their noise alone would move a by as much as its limit, which is so
+    many per cent of just those. So weighted, a is what the shortest batch takes beyond its steps.
+    """
     design = np.stack([np.ones(len(row_steps)), row_steps], axis=1)
-    # relative residuals are what is judged, so the short batches must weigh as much as the long ones
     weights = 1 / np.asarray(seconds)
     (a, b), *_ = np.linalg.lstsq(design * weights[:, None], np.ones(len(seconds)), rcond=None)
     return float(a), float(b), float(np.abs((design @ [a, b]) * weights - 1).max())
 
 
-def measure(model: HRMForCausalLM, ids: torch.Tensor, repeats: int, training: bool) -> dict:
-    """Time every mix, ours and published in turns; fit; print a table; return the figures."""
-    mixes = depth_mixes(len(ids), model.config.hrm_max_steps)
-    model.train(training)
+def fits(records: list[dict[str, Any]], max_steps: int) -> Iterator[dict[str, Any]]:
+    """A line for each size and implementation, of the cases whose depths are not given."""
+    for batch, tokens, name in dict.fromkeys((r["batch"], r["tokens"], r["implementation"]) for r in records):
+        own = [r for r in records if (r["batch"], r["tokens"], r["implementation"]) == (batch, tokens, name)]
+        points = sorted({(r["row_steps"], r["ms"] / 1e3) for r in own if not r["given"]})
+        row_steps, seconds = zip(*points, strict=True) if points else ((), ())
+        if len(set(row_steps)) < 2:
+            continue
+        a, b, residual = fit(list(row_steps), list(seconds))
+        yield {
+            "batch": batch, "tokens": tokens, "implementation": name, "points": len(points),
+            "a_ms": a * 1e3, "b_us_per_row_step": b * 1e6, "largest_residual": residual,
+            "a_of_full_depth": a / (a + b * batch * max_steps),
+        }  # fmt: skip
 
-    def run(module, **options):
-        if not training:
-            with torch.no_grad():
-                return module(ids, **options)
-        module(ids, ids, **options).loss.backward()
-        model.zero_grad(set_to_none=True)
 
-    work = {name: (lambda depths=depths: run(model, force_steps=depths)) for name, depths in mixes.items()}
-    for name, steps in (("all S/2", max(mixes["all S/2"])), ("all S", max(mixes["all S"]))):
-        baseline = published_depths(model, ids, steps)
-        work[f"published {name}"] = lambda baseline=baseline: run(baseline)
-    times = {name: statistics.median(t) for name, t in interleaved(work, repeats, ids.device).items()}
+def not_kept(records: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[str]:
+    """Limits that ours do not keep, in words."""
+    found = []
+    for line in lines:
+        if line["implementation"] != "published" and not line["a_of_full_depth"] <= A_LIMIT:
+            share = f"{line['a_of_full_depth']:.1%} of the time at full depth, limit {A_LIMIT:.0%}"
+            found.append(f"{_where(line)}: a is {share}")
+    for record in records:
+        if record["implementation"] in ("fused-graph", "fused-while") and record["host_waits"] != 0:
+            waits = "not measured" if record["host_waits"] is None else record["host_waits"]
+            found.append(f"{_where(record)}, {record['depths']}: waits of the host {waits}, limit 0")
+    return found
 
-    row_steps = [sum(depths) for depths in mixes.values()]
-    a, b, residual = fit(row_steps, [times[name] for name in mixes])
-    expected_a = times["all 1"] - b * len(ids)
-    disagreement = abs(a - expected_a) / times["all 1"]
-    kind = "training iteration" if training else "forward"
-    print(f"\n{kind}: {len(ids)} rows x {ids.shape[1]} tokens, median of {repeats}")
-    print(f"{'depths':<14}{'row-steps':>10}{'ms':>10}{'fit':>10}{'published':>12}{'ratio':>8}")
-    for name, n in zip(mixes, row_steps, strict=True):
-        # every row runs until the slowest has finished: a batch with one deep row costs what all deep rows cost
-        slowest = {max(mixes["all S/2"]): "all S/2", max(mixes["all S"]): "all S"}.get(max(mixes[name]))
-        theirs = times[f"published {slowest}"] if slowest else None
-        tail = f"{theirs * 1e3:>12.1f}{theirs / times[name]:>7.2f}x" if theirs else ""
-        print(f"{name:<14}{n:>10}{times[name] * 1e3:>10.1f}{(a + b * n) * 1e3:>10.1f}{tail}")
-    print(
-        f"fit: {a * 1e3:.1f} ms + {b * 1e3:.2f} ms x row-steps; largest residual {residual:.1%}\n"
-        f"a from a one-step batch less its step: {expected_a * 1e3:.1f} ms, {disagreement:.1%} of that batch away "
-        f"(limits {RESIDUAL_LIMIT:.0%})"
+
+def _where(record: dict[str, Any]) -> str:
+    return f"{record['batch']} x {record['tokens']} {record['implementation']}"
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+
+def _shown(key: str, form: str, scale: float = 1.0, unit: str = ""):
+    return lambda record: "-" if record[key] is None else format(record[key] * scale, form) + unit
+
+
+TIMES = {
+    "depths, implementation": lambda record: f"{record['depths']:<13}{record['implementation']}",
+    "mean depth": _shown("mean_depth", ".2f"),
+    "row-steps": _shown("row_steps", ".0f"),
+    "ms": _shown("ms", ".3f"),
+    "us/row-step": _shown("us_per_row_step", ".2f"),
+    "kernels": _shown("kernels", ".0f"),
+    "waits": _shown("host_waits", ".0f"),
+    "TFLOP/s": _shown("tflops", ".4g"),
+    "of matmul": _shown("share_of_matmul_ceiling", ".1%"),
+    "peak MB": _shown("peak_bytes", ".1f", 1e-6),
+    "vs published": _shown("speedup_vs_published", ".2f", unit="x"),
+}
+FITS = {
+    "B x T, implementation": _where,
+    "points": _shown("points", ".0f"),
+    "a ms": _shown("a_ms", ".3f"),
+    "b us/row-step": _shown("b_us_per_row_step", ".2f"),
+    "largest residual": _shown("largest_residual", ".1%"),
+    "a of full depth": _shown("a_of_full_depth", ".1%"),
+}
+
+
+def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Time against mean depth, a panel for each size. Dashed is what each implementation would take if its time at the
+    largest depth were its steps' alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = [sorted({record[key] for record in records}) for key in ("batch", "tokens")]
+    rows, columns = map(len, sizes)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1 + 4.5 * columns, 0.5 + 3.5 * rows), squeeze=False, constrained_layout=True
     )
-    return {
-        "a_ms": a * 1e3,
-        "b_ms_per_row_step": b * 1e3,
-        "largest_residual": residual,
-        "a_expected_ms": expected_a * 1e3,
-        "a_disagreement": disagreement,
-        "ms": {name: t * 1e3 for name, t in times.items()},
-        "row_steps": dict(zip(mixes, row_steps, strict=True)),
-    }
+    figure.suptitle(title)
+    for axis, (batch, tokens) in zip(axes.flat, itertools.product(*sizes), strict=True):
+        here = [r for r in records if (r["batch"], r["tokens"]) == (batch, tokens) and not r["given"]]
+        for i, name in enumerate(NAMES):
+            points = sorted((r["mean_depth"], r["ms"]) for r in here if r["implementation"] == name)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=name, markersize=4)
+                axis.plot([0, points[-1][0]], [0, points[-1][1]], "--", color=f"C{i}", linewidth=0.8)
+        axis.set(title=f"{batch} rows x {tokens} tokens", xlim=(0, None), ylim=(0, None))
+        axis.set(xlabel="mean depth of a row, steps", ylabel="ms")
+    axes.flat[0].plot([], [], "--", color="gray", linewidth=0.8, label="steps alone")
+    axes.flat[0].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device, HRMConfig]:
+    """What was asked for, where, and the model; one line and exit status 2 where it cannot be done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: base on a GPU, small on a CPU")
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", metavar="B", help="default: 1 8 64 256 on a GPU, 8 on a CPU"
+    )
+    parser.add_argument("--tokens", type=positive, nargs="+", metavar="T", help="a row; default: 1 64 512, 64 on a CPU")
+    parser.add_argument(
+        "--depths", nargs="+", choices=DEPTHS, default=DEPTHS, metavar="NAME",
+        help=f"{', '.join(DEPTHS)}; default: all, but of those that are equal in a small batch one",
+    )  # fmt: skip
+    parser.add_argument("--implementations", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a GPU"
+    )
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 where a limit is not kept")
+    parser.add_argument("--save", action="store_true", help="append to bench/results/hrm_step.jsonl")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against mean depth (.png, .svg, .pdf)")
+    options = parser.parse_args(argv)
+    try:
+        device = choose_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    gpu = device.type == "cuda"
+    options.preset = options.preset or ("base" if gpu else "small")
+    config = HRMConfig.preset(options.preset)
+    options.batch_sizes = options.batch_sizes or ([1, 8, 64, 256] if gpu else [8])
+    options.tokens = options.tokens or [n for n in ([1, 64, 512] if gpu else [64]) if n <= config.block_size]
+    if max(options.tokens) > config.block_size:
+        parser.error(f"--tokens {max(options.tokens)} is over the {config.block_size} of --preset {options.preset}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs the package matplotlib: pip install matplotlib")
+    if options.plot and not options.plot.absolute().parent.is_dir():
+        parser.error(f"--plot {options.plot}: there is no directory {options.plot.absolute().parent}; make it first")
+    return options, device, config
+
+
+class Bench:
+    """The loops at their sizes, and what was found of them."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, config: HRMConfig):
+        self.options, self.config, self.dtype = options, config, choose_dtype(options.dtype, device)
+        torch.manual_seed(0)
+        self.model = HRMForCausalLM(config).to(device, self.dtype).eval()
+        self.reference = Loop("reference", self.model)
+        self.wide = None
+        if self.dtype != torch.float32:
+            self.wide = Loop("reference", copy.deepcopy(self.model).float())
+        self.loops: list[Loop] = []
+        self.skipped: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.wrong: list[str] = []
+        x = Start.of(self.model, 1, 1).xs[0]
+        for name in (name for name in NAMES if name in (options.implementations or NAMES)):
+            if reason := why_not(name, self.reference.core, x, bool(options.implementations)):
+                self.skipped[name] = reason
+            else:
+                self.loops.append(self.reference if name == "reference" else Loop(name, self.model))
+
+    def cases(self, size: tuple[int, int]) -> list[Case]:
+        """Of one size, those that were asked for."""
+        return cases(size[0], self.config.hrm_max_steps, self.options.depths)
+
+    def at(self, size: tuple[int, int], call: Callable[[Start], Any]) -> Any:
+        """`call` at one size, or None and the reason in `skipped`."""
+        where, device = f"{size[0]} x {size[1]}", self.model.device
+        needed, free = bytes_needed(self.config, *size, len(self.loops)), free_bytes(device)
+        try:
+            if not self.cases(size):
+                self.skipped[where] = "none of --depths can be had with so few rows"
+            elif free is not None and needed > free:
+                self.skipped[where] = f"needs some {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+            else:
+                return call(Start.of(self.model, *size))
+        except torch.OutOfMemoryError as error:
+            self.skipped[where] = str(error).partition("\n")[0]
+        finally:
+            for loop in self.loops:
+                loop.release()
+        return None
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Hold numbers at one size; prints what it finds. An implementation that fails is left out from then on."""
+        found = self.at(size, lambda start: check(self.loops, self.reference, self.wide, start, self.cases(size)))
+        for name, one in (found or {}).items():
+            where = f"{size[0]} x {size[1]} {name}"
+            if "failed" in one:
+                verdict = f"FAILED: {one['failed']}"
+                self.failed[where] = one["failed"]
+                self.loops = [loop for loop in self.loops if loop.name != name]
+            else:
+                verdict = f"worst row {one['error']:.1e} from the reference, {one['of_limit']:.0%} of the limit"
+            if one.get("of_limit", 0) > 1:
+                self.wrong.append(where)
+                verdict = f"WRONG: {verdict}"
+            print(f"{where}: {verdict}", flush=True)
+
+    def measure(self, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Times at one size; prints them."""
+        todo, repeats = self.cases(size), self.options.repeats
+        found = self.at(size, lambda start: measure(self.loops, self.config, start, todo, repeats)) or []
+        print_table(TIMES, found)
+        return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; with --strict returns 1 where a limit is not kept (a busy machine may be why)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="small", help="tiny, small or base")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per row")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 where a limit is not kept")
-    parser.add_argument("--save", action="store_true", help="append to bench/results/hrm_step.jsonl")
-    options = parser.parse_args(argv)
-    device = choose_device(options.device)
-    torch.manual_seed(0)
-    model = HRMForCausalLM(HRMConfig.preset(options.preset)).to(device).eval()
-    ids = torch.randint(0, 50257, (options.batch_size, options.tokens), device=device)
-    worst = check(model, ids, depth_mixes(len(ids), model.config.hrm_max_steps))
-    print(f"numbers checked: rows of a mixed batch equal the rows alone within {worst:.1e}")
+    """Run the benchmark; returns its exit status."""
+    options, device, config = arguments(argv)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    bench = Bench(options, device, config)
+    record: dict[str, Any] = {
+        "benchmark": "hrm_step",
+        "environment": environment(device),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "model": config.to_dict(),
+        "dtype": str(bench.dtype).removeprefix("torch."),
+    }
+    title = f"{record['environment']['device']}, {record['dtype']}, {options.preset}"
+    print(f"{title}, at most {config.hrm_max_steps} steps, median of {options.repeats}\n\nnumbers, at equal depths")
+    sizes = list(itertools.product(options.batch_sizes, options.tokens))
+    took = {}
+    for size in sizes:
+        begin = time.perf_counter()
+        bench.check(size)
+        took[size] = time.perf_counter() - begin
+    rows: list[dict[str, Any]] = []
+    if bench.wrong:
+        print(f"error: {', '.join(bench.wrong)}: wrong, so nothing was timed")
+    else:
+        for i, size in enumerate(sizes):
+            left = sum(took[other] for other in sizes[i:]) * (options.repeats + 1) / 60
+            progress = f"{i + 1} of {len(sizes)}, some {left:.1f} minutes left"
+            print(f"\n{size[0]} rows x {size[1]} tokens ({progress})", flush=True)
+            rows += bench.measure(size)
+    lines = list(fits(rows, config.hrm_max_steps))
+    broken = not_kept(rows, lines)
+    if lines:
+        print("\ntime = a + b x (executed row-steps)")
+        print_table(FITS, lines)
+        print("\n".join(f"LIMIT NOT KEPT: {words}" for words in broken) or "limits kept")
 
-    record = {"benchmark": "hrm_step", "environment": environment(device), "options": vars(options)}
-    record["forward"] = measure(model, ids, options.repeats, training=False)
-    record["training"] = measure(model, ids, options.repeats, training=True)
-    kinds = ("forward", "training")
-    record["within_limits"] = all(
-        record[kind]["largest_residual"] <= RESIDUAL_LIMIT and record[kind]["a_disagreement"] <= RESIDUAL_LIMIT
-        for kind in kinds
-    )
-    print("limits kept" if record["within_limits"] else "LIMITS NOT KEPT")
-    if options.save:
-        print(f"appended to {save('hrm_step.jsonl', record)}")
-    print(json.dumps(record))
-    return int(options.strict and not record["within_limits"])
+    missing = {**bench.skipped, **bench.failed}
+    if device.type != "cuda":
+        missing = {"kernels, waits, peak memory": "no CUDA device"} | missing
+    print("\nnot measured" + ("" if missing else ": nothing is missing"))
+    print("".join(f"{what}: {why}\n" for what, why in missing.items()), end="")
+    if (reason := ops.why_no_kernel("hrm_loop", torch.device("meta"))) is None:
+        n = record["kernels_of_a_fused_step"] = kernels_of_a_step(config, bench.dtype, *sizes[-1])
+        print(f"a step of the fused loop starts {n} kernels, counted without running them")
+    else:
+        print(f"kernels of a step of the fused loop: {reason}")
+    if options.plot and rows:
+        plot(rows, options.plot, title)
+        print(f"drawn: {options.plot}")
+    summary = {"timed": bool(rows), "wrong": bench.wrong, "failed": bench.failed, "skipped": bench.skipped}
+    summary |= {"limits_not_kept": broken, "rows": len(rows), "fits": lines}
+    if options.save and rows:
+        print(f"appended to {save('hrm_step.jsonl', record | summary | {'rows': rows})}")
+    print(json.dumps(record | summary))
+    return int(bool(bench.wrong or bench.failed or (options.strict and broken)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 import hrm_kernels as ops
-from bench.common import environment, interleaved, matmul_ceiling, peak_bytes, positive, save, seconds
+from bench.common import environment, event_times, interleaved, large_product, peak_bytes, positive, save
 from bench.ops_cases import (
     CASES,
     NAMES,
@@ -70,12 +70,19 @@ MOST_COPIES = 256
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
+def seconds(work: dict[str, Callable], repeats: int, device: torch.device, after=lambda name: None) -> dict[str, list]:
+    """Of each piece of work, by the clock that suits the device."""
+    return event_times(work, repeats, after) if device.type == "cuda" else interleaved(work, repeats, device)
+
+
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
     """Bandwidth of a large copy, FLOP/s of a large product."""
     source = torch.randn(2**28 if device.type == "cuda" else 2**20, device=device)
     target = torch.empty_like(source)
-    copy = statistics.median(seconds({"copy": lambda: target.copy_(source)}, 10, device)["copy"])
-    return Ceilings(2 * source.nbytes / copy, matmul_ceiling(dtype, device), "measured in this run")
+    product, flops = large_product(dtype, device)
+    work = {"copy": lambda: target.copy_(source), "product": product}
+    medians = {name: statistics.median(t) for name, t in seconds(work, 10, device).items()}
+    return Ceilings(2 * source.nbytes / medians["copy"], flops / medians["product"], "measured in this run")
 
 
 def time_right_ones(

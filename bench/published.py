@@ -30,14 +30,14 @@ class PublishedHRM(nn.Module):
     def forward(self, ids_BT: Tensor, targets: Tensor | None = None) -> HRMOutput:
         """As HRMForCausalLM.forward with neither lengths nor depth options; logits are always made."""
         model, config = self.model, self.model.config
-        self.rotary = _complex_rotary(ids_BT.shape[1], config.head_dim, ids_BT.device) if config.use_rotary else None
+        self.set_positions(ids_BT.shape[1])
         x = model.wte(ids_BT)
         if not config.use_rotary:
             x = x + model.wpe.weight[: ids_BT.shape[1]]
         x = self._drop(x)
         for block in model.input_blocks:
             x = self._pre_norm(block, x)
-        z_H, q, steps_taken, executed = self._reason(x)
+        z_H, q, steps_taken, executed = self.reason(x)
         for block in model.output_blocks:
             z_H = self._pre_norm(block, z_H)
         logits = F.linear(_norm(model.ln_f, z_H), model.lm_head.weight)
@@ -47,11 +47,23 @@ class PublishedHRM(nn.Module):
             loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
         return HRMOutput(logits, loss, steps_taken, executed, q, torch.tensor([int(executed.sum()), 0]))
 
-    def _reason(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def set_positions(self, n_tokens: int) -> None:
+        """Make the rotary table of rows of `n_tokens`, which `reason` needs; forward makes its own."""
+        config, device = self.model.config, self.model.device
+        self.rotary = _complex_rotary(n_tokens, config.head_dim, device) if config.use_rotary else None
+
+    def reason(
+        self, x: Tensor, max_steps: int | None = None, halt_bias: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loop over steps alone: (z_H, q, steps_taken, executed) from x [B, T, C], the input blocks' output.
+
+        Args:
+            max_steps, halt_bias: other ones than the configuration's.
+        """
         core, config = self.model.hrm_core, self.model.config
         z_H, z_L = (p.expand_as(x).clone() for p in (core.H_init, core.L_init))
-        bias = 0.0 if self.model.training else config.halt_bias
-        max_steps = config.hrm_max_steps
+        bias = (0.0 if self.model.training else config.halt_bias) if halt_bias is None else halt_bias
+        max_steps = config.hrm_max_steps if max_steps is None else max_steps
         halted = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         steps_taken = torch.full((x.shape[0],), max_steps, device=x.device)
         for step in range(1, max_steps + 1):

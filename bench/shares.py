@@ -24,14 +24,14 @@ GROUPS = (
     ),
     ("attention", r"attention|flash|fmha"),
     ("SwiGLU gate", r"swiglu|silu|sigmoid"),
-    ("rotary", r"_rope|complex|view_as_real|polar"),
-    ("norms", r"rms_?norm|rsqrt|_mean_|_pow_|aten::(mean|pow|square)\b"),
+    ("rotary; QKV where fused", r"_rope|complex|view_as_real|polar"),
+    ("norms", r"rms_?norm|add_norm|rsqrt|_mean_|_pow_|aten::(mean|pow|square)\b"),
     ("matrix products", r"gemm|cutlass|nvjet|splitk|linear|aten::(mm|addmm|addmm_|bmm|matmul)\b"),
     ("dropout", r"dropout|bernoulli"),
     ("embedding", r"embedding"),
     ("halting and loop", r"halting|hrm_step|index|_local_scalar|nonzero|aten::(item|where|gt|all|bitwise_and)\b"),
     ("copies and casts", r"copy|memcpy|memset|aten::(cat|clone|contiguous|to|fill_|zero_|empty\w*|zeros\w*)\b"),
-    ("sums, products of numbers", r"elementwise|triton_(poi|per|red)|aten::(add|mul|sub|div|neg|sum)_?\b"),
+    ("elementwise arithmetic", r"elementwise|triton_(poi|per|red)|aten::(add|mul|sub|div|neg|sum)_?\b"),
     ("compiled, not told apart", r"compiled|dynamo|aotdispatcher"),
     ("autograd itself", r"autograd|backward"),
     (
@@ -41,7 +41,7 @@ GROUPS = (
     ),
     ("Python between ops", f"^{CALL}$"),
 )
-"""(label, pattern): a name belongs to the first row whose pattern is found in it, whatever the case, else to "other"."""
+"""(label, pattern): a name is in the first row whose pattern is found in it, whatever the case, else in "other"."""
 
 
 def label_of(name: str) -> str:

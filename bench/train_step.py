@@ -14,267 +14,161 @@ to a run with files, so it is written once more here; a test holds both to the s
     fused       our model, kernels where they can run (needs a CUDA device)
 
 All get the same tokens and depths, which depend on the seed alone. The published code knows no depth of a row: it runs
-each micro-batch for as long as the slowest row, the last of these steps with gradient. Losses, the gradient and its norm
-are first held to eager's: without dropout, whose masks differ, and of the published code on a micro-batch all of whose
-rows run equally long. If one differs nothing is timed. Then all take turns; a turn is as many iterations as see 16 rows.
-Products are counted for the steps that ran, recomputation is not, and compared with a large matrix product timed in the
-same run. The last line is JSON. Exit status: 0; 1 where numbers differ or an implementation fails; 2 for wrong usage.
+each micro-batch for as long as the slowest row, the last of these steps with gradient. Losses and gradients are first
+held to eager's: without dropout, whose masks differ; the published ones on a micro-batch all of whose rows run equally
+long. If one differs nothing is timed. Then all take turns, a turn being as many iterations as see 16 rows. FLOPs are
+those of the steps that ran, without recomputation; the ceiling is a large matrix product that takes its turn with them.
+The last line is JSON. Exit status: 0; 1 where numbers differ or an implementation fails; 2 for wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import importlib.util
 import json
-import math
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-from torch import Tensor
 
 import hrm_kernels as ops
-from bench.common import environment, interleaved, matmul_ceiling, peak_bytes, positive, save
-from bench.published import PublishedHRM
-from bench.shares import draw_shares, print_shares, profile_shares
+from bench.common import (
+    environment,
+    held_bytes,
+    interleaved,
+    large_product,
+    peak_bytes,
+    positive,
+    print_table,
+    save,
+)
+from bench.shares import draw_shares, print_shares
+from bench.train_step_cases import (
+    LIMITS,
+    NAMES,
+    QUANTITIES,
+    Implementation,
+    MicroBatch,
+    check,
+    make_batches,
+)
 from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.atomic import read_json
-from hrm_model.model import PUBLISHED_STEP_PENALTY
-from hrm_model.training.device import autocast, choose_device, choose_dtype, compile_blocks
+from hrm_model.training.device import choose_device, choose_dtype
 from hrm_model.training.flops import training_flops
-from hrm_model.training.loop import DEPTH_STREAM
-from hrm_model.training.optim import build_optimizer, clip_gradients, learning_rate
 from hrm_model.training.recipes import RECIPES, TrainConfig
-from hrm_model.training.sampler import keyed_integers
 
-NAMES = ("published", "eager", "compile", "fused")
-ROWS_IN_A_TURN = 16
-"""At least: depths of fewer rows say little of the mean."""
-
-QUANTITIES = ("loss", "gradient norm", "worst parameter's gradient")
-LIMITS = {torch.float32: (1e-5, 1e-4, 1e-3), torch.bfloat16: (2e-4, 5e-3, 5e-2)}
-"""dtype -> relative difference from eager that is allowed in each of QUANTITIES."""
-SMALL = 1e-4
-
-
-class MicroBatch(NamedTuple):
-    """Tokens and targets [B, T], and the steps of each row."""
-
-    ids_BT: Tensor
-    targets_BT: Tensor
-    depths: list[int]
-
-
-class Implementation:
-    """A copy of the model with its own optimizer, and one way to run them."""
-
-    def __init__(self, name: str, start: HRMForCausalLM, run: TrainConfig, dtype: torch.dtype):
-        self.name, self.run, self.dtype = name, run, dtype
-        self.model = copy.deepcopy(start)
-        if name == "compile":
-            compile_blocks(self.model)
-        self.optimizer = build_optimizer(self.model, run)
-        self.backend = "auto" if name == "fused" else "reference"
-
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Any]:
-        """(loss, row-steps without and with gradient)."""
-        if self.name != "published":
-            out = self.model(batch.ids_BT, batch.targets_BT, force_steps=batch.depths, gradient=self.run.gradient)
-            return out.loss, out.row_steps
-        slowest = max(batch.depths)
-        self.model.config = dataclasses.replace(self.model.config, hrm_max_steps=slowest)
-        out = PublishedHRM(self.model)(batch.ids_BT, batch.targets_BT)
-        n_rows = len(batch.depths)
-        return out.loss - PUBLISHED_STEP_PENALTY * slowest, (n_rows * (slowest - 1), n_rows)
-
-    def accumulate(self, batches: list[MicroBatch]) -> tuple[list[Tensor], list]:
-        """Fresh gradients of the mean of the micro-batches' losses; returns losses and row-steps of each."""
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, row_steps = [], []
-        with ops.use_backend(self.backend):
-            for batch in batches:
-                with autocast(batch.ids_BT.device, self.dtype):
-                    loss, n = self.forward(batch)
-                (loss / len(batches)).backward()
-                losses.append(loss.detach())
-                row_steps.append(n)
-        return losses, row_steps
-
-    def iteration(self, step: int, batches: list[MicroBatch]) -> list:
-        """Optimizer step number `step`; returns the row-steps of each micro-batch.
-
-        Raises:
-            FloatingPointError: a loss or the gradient is not finite; parameters are those before.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.run)
-        self.model.train()
-        losses, row_steps = self.accumulate(batches)
-        norm = clip_gradients(self.model, self.run.grad_clip)
-        if not all(map(math.isfinite, torch.stack([*losses, norm]).tolist())):  # where training, too, waits
-            raise FloatingPointError(f"a loss or the gradient of iteration {step} is not finite")
-        self.optimizer.step()
-        return row_steps
-
-    def turn(self, steps: list[list[MicroBatch]]) -> list:
-        """Consecutive iterations; row-steps of each micro-batch."""
-        return [n for step, batches in enumerate(steps) for n in self.iteration(step, batches)]
-
-    def bytes(self) -> int:
-        """What parameters and optimizer hold."""
-        held = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return sum(t.nbytes for t in (*self.model.parameters(), *held))
-
-
-def make_batches(run: TrainConfig, n_tokens: int, config: HRMConfig, device: torch.device) -> list[list[MicroBatch]]:
-    """Micro-batches of each iteration of a turn: random tokens, and the depths of a training run's first samples."""
-    generator = torch.Generator().manual_seed(run.seed)
-
-    def micro_batch(number: int) -> MicroBatch:
-        tokens = torch.randint(0, config.vocab_size, (run.batch_size, n_tokens + 1), generator=generator).to(device)
-        samples = range(number * run.batch_size, (number + 1) * run.batch_size)
-        depths = keyed_integers(run.seed, samples, 1, config.hrm_max_steps, DEPTH_STREAM).tolist()
-        if run.fixed_depth:
-            depths = [run.fixed_depth] * run.batch_size
-        return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), depths)
-
-    n_steps, n = math.ceil(ROWS_IN_A_TURN / (run.batch_size * run.accumulation)), run.accumulation
-    return [[micro_batch(step * n + i) for i in range(n)] for step in range(n_steps)]
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def numbers(implementation: Implementation, batches: list[MicroBatch]) -> tuple[list[float], list[Tensor]]:
-    """(losses, the gradient of each parameter) without dropout."""
-    model = implementation.model.train(implementation.run.dropout == 0)
-    losses, _ = implementation.accumulate(batches)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    implementation.optimizer.zero_grad(set_to_none=True)
-    return [loss.item() for loss in losses], gradients
-
-
-def differences(found: tuple, expected: tuple) -> tuple[float, float, float]:
-    """Of QUANTITIES, relative; a parameter's gradient counts as at least SMALL of the whole."""
-    loss = max(abs(a - b) / abs(b) for a, b in zip(found[0], expected[0], strict=True))
-    own, norms = ([g.norm().item() for g in gradients] for gradients in (found[1], expected[1]))
-    norm = math.hypot(*norms)
-    apart = [(a - b).norm().item() for a, b in zip(found[1], expected[1], strict=True)]
-    worst = float(np.max([d / max(n, SMALL * norm) for d, n in zip(apart, norms, strict=True)]))  # keeps a nan
-    return loss, abs(math.hypot(*own) - norm) / norm, worst
-
-
-def check(eager: Implementation, other: Implementation, batches: list[MicroBatch]) -> dict[str, Any]:
-    """How far `other` is from eager, beside the limits; prints it."""
-    name = other.name
-    if name == "published":  # where its rows and ours run equally long
-        batches = [batches[0]._replace(depths=[max(batches[0].depths)] * len(batches[0].depths))]
-    found = differences(numbers(other, batches), numbers(eager, batches))
-    limits = LIMITS[eager.dtype]
-    right = all(difference <= limit for difference, limit in zip(found, limits, strict=True))
-    where = f"one micro-batch, all rows {batches[0].depths[0]} steps" if name == "published" else "a whole iteration"
-    parts = (f"{q} {d:.1e} (limit {limit:.0e})" for q, d, limit in zip(QUANTITIES, found, limits, strict=True))
-    print(f"{name:<10}{where}: {', '.join(parts)}{'' if right else '  WRONG'}", flush=True)
-    finite = [d if math.isfinite(d) else None for d in found]
-    return {"right": right, "differences": dict(zip(QUANTITIES, finite, strict=True)), "where": where}
-
+PRODUCTS = 10
+"""Large matrix products in their turn."""
 
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
-class Work(NamedTuple):
-    """Of a turn."""
-
-    row_steps: int
-    flops: float
-    peak_bytes: int | None
-    """With what the model and the optimizer hold; None where it cannot be read."""
-    seconds: float
-    """Of an untimed turn."""
-
-
-def warm_up(one: Implementation, steps: list[list[MicroBatch]]) -> Work:
-    """Run a turn for what compiles and allocates, and another for its memory; count the work."""
+def work_of(one: Implementation, steps: list[list[MicroBatch]]) -> dict[str, Any]:
+    """Of an iteration; the turn that is run for it compiles and allocates what the next ones find."""
     batches = [batch for step in steps for batch in step]
     row_steps = [torch.as_tensor(n).tolist() for n in one.turn(steps)]
-    flops = sum(
-        training_flops(one.model.config, batch.ids_BT.shape[1], len(batch.depths), tuple(n))
+    flops = [
+        training_flops(one.model.config, batch.ids_BT.shape[1], len(batch.depths), n)
         for batch, n in zip(batches, row_steps, strict=True)
-    )
+    ]
     one.optimizer.zero_grad(set_to_none=True)
-    begin = time.perf_counter()
-    peak = peak_bytes(lambda: one.turn(steps), one.model.device)
-    seconds = time.perf_counter() - begin
-    return Work(sum(map(sum, row_steps)), flops, None if peak is None else peak + one.bytes(), seconds)
+    return {"row_steps": sum(map(sum, row_steps)) / len(steps), "flops": sum(flops) / len(steps), "peak_bytes": None}
 
 
-def figures(times: list[float], work: Work, n_steps: int, n_tokens: int, ceiling: float) -> dict[str, Any]:
-    """What follows from the seconds of turns, each of `n_steps` iterations and `n_tokens` tokens."""
-    median = statistics.median(times)
-    return {
-        "ms": median / n_steps * 1e3,
-        "ms_least": min(times) / n_steps * 1e3,
-        "ms_most": max(times) / n_steps * 1e3,
+def figures(seconds: list[float], work: dict[str, Any], n_tokens: int, ceiling: float) -> dict[str, Any]:
+    """What follows from the seconds of iterations of `n_tokens` tokens."""
+    median = statistics.median(seconds)
+    return work | {
+        "ms": median * 1e3,
+        "ms_least": min(seconds) * 1e3,
+        "ms_most": max(seconds) * 1e3,
         "tokens_per_s": n_tokens / median,
-        "row_steps": work.row_steps / n_steps,
-        "row_steps_per_s": work.row_steps / median,
-        "flops": work.flops / n_steps,
-        "share_of_matmul_ceiling": work.flops / median / ceiling,
-        "peak_bytes": work.peak_bytes,
+        "row_steps_per_s": work["row_steps"] / median,
+        "share_of_matmul_ceiling": work["flops"] / median / ceiling,
     }
+
+
+class Attempts:
+    """Runs of implementations that may fail: what failed, and the memory and the time that each implementation took."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.failed: dict[str, str] = {}
+        self.held: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> Any:
+        """What the call returns; None if it, or one before it of the same name, failed."""
+        if name in self.failed:
+            return None
+        before, begin = held_bytes(self.device), time.perf_counter()
+        try:
+            return call()
+        except Exception as error:  # the others are still worth having
+            self.failed[name] = f"FAILED: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            print(f"{name:<11}{self.failed[name]}", flush=True)
+            return None
+        finally:
+            self.seconds[name] = time.perf_counter() - begin
+            self.held[name] += held_bytes(self.device) - before
 
 
 def measure(names: list[str], start: HRMForCausalLM, run: TrainConfig, dtype, steps: list, repeats: int) -> dict:
     """Check, then time, then profile; prints what it finds and returns it."""
-    device, failed = start.device, {}
-    built = {name: Implementation(name, start, run, dtype) for name in dict.fromkeys(("eager", *names))}
+    device, built, checks, works, timed = start.device, {}, {}, {}, {}
+    attempt = Attempts(device)
+    result = {"timed": False, "checks": checks, "failed": attempt.failed, "implementations": timed}
 
-    def attempt(name: str, call: Callable[[Implementation], Any]) -> Any:
-        if name not in failed:
-            try:
-                return call(built[name])
-            except Exception as error:  # the others are still worth having
-                failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                print(f"{name:<10}FAILED: {failed[name]}", flush=True)
-            for one in built.values():
-                one.optimizer.zero_grad(set_to_none=True)
-        return None
-
-    print("\nnumbers against eager's" + (", without dropout" if run.dropout else ""))
-    attempt("eager", lambda eager: numbers(eager, steps[0]))
-    checks = {}
-    for name in names if "eager" not in failed else ():
-        if name != "eager" and (found := attempt(name, lambda other: check(built["eager"], other, steps[0]))):
-            checks[name] = found
-    result = {"timed": False, "checks": checks, "failed": failed, "implementations": {}}
-    wrong = [name for name, found in checks.items() if not found["right"]]
-    if wrong or "eager" in failed:
-        print(f"error: {', '.join(wrong) or 'eager'} {'differs' if wrong else 'failed'}: nothing was timed", flush=True)
+    print(f"\n{'numbers against eager' + ', no dropout' * (run.dropout > 0):<44}", end="")
+    print("".join(f"{quantity:>16}" for quantity in QUANTITIES))
+    print(f"{'limits':<44}" + "".join(f"{limit:>16.0e}" for limit in LIMITS[dtype]), flush=True)
+    for name in dict.fromkeys(("eager", *names)):  # eager's own second run shows how far chance takes it
+        if one := attempt(name, partial(Implementation, name, start, run, dtype)):
+            built[name] = one
+            checks[name] = attempt(name, partial(check, built["eager"], one, steps[0]))
+        if "eager" in attempt.failed:
+            return result
+    wrong = [name for name, found in checks.items() if found and not found["right"]]
+    if wrong:
+        print(f"error: {', '.join(wrong)} differs from eager: nothing was timed", flush=True)
         return result
 
-    works = {name: work for name in names if (work := attempt(name, lambda one: warm_up(one, steps)))}
-    left = (repeats + 2) * sum(work.seconds for work in works.values())
-    print(f"\n{repeats} turns of each are timed and one is profiled: some {left:.0f} seconds", flush=True)
-    ceiling = result["matmul_ceiling_flops_per_s"] = matmul_ceiling(dtype, device)
-    n_tokens = sum(batch.ids_BT.numel() for step in steps for batch in step)
-    turns = {name: (lambda one=built[name]: one.turn(steps)) for name in works}
-    timed = {
-        name: figures(times, works[name], len(steps), n_tokens, ceiling)
-        for name, times in interleaved(turns, repeats, device).items()
-    }
+    for name in names:
+        if name in attempt.failed or (work := attempt(name, partial(work_of, built[name], steps))) is None:
+            built.pop(name, None)
+        else:
+            works[name] = work
+    if not works:
+        return result
+    left = (repeats + 2) * sum(attempt.seconds[name] for name in works)
+    print(f"\n{repeats} turns of each are timed and one is profiled: at most some {left:.0f} seconds", flush=True)
+    turns = {name: partial(built[name].turn, steps) for name in works}
+    for name, turn in turns.items() if device.type == "cuda" else ():
+        built[name].optimizer.zero_grad(set_to_none=True)
+        works[name]["peak_bytes"] = peak_bytes(turn, device) + attempt.held[name]
+    product, flops = large_product(dtype, device)
+    times = interleaved(turns | {"": lambda: [product() for _ in range(PRODUCTS)]}, repeats, device)
+    ceiling = result["matmul_ceiling_flops_per_s"] = PRODUCTS * flops / statistics.median(times.pop(""))
+    n_tokens = sum(batch.ids_BT.numel() for batch in steps[0])
+    for name, of_turns in times.items():
+        timed[name] = figures([turn / len(steps) for turn in of_turns], works[name], n_tokens, ceiling)
     for name, record in timed.items():
         record["speedup_vs_published"] = timed["published"]["ms"] / record["ms"] if "published" in timed else None
-        record["profile"] = profile_shares(turns[name], device)
-    return result | {"timed": bool(timed), "implementations": timed}
+        record["profile"] = found = attempt(name, partial(built[name].profile, steps))
+        busy = found["seconds"] / len(steps) / record["ms"] * 1e3 if found and device.type == "cuda" else None
+        record["device_busy"] = busy
+    return result | {"timed": True}
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -336,15 +230,24 @@ def why_not_fused(device: torch.device) -> str | None:
     return next(filter(None, (ops.why_no_kernel(op, device) for op in ops.OPS)), None)
 
 
-def row(name: str, record: dict[str, Any]) -> str:
-    """One line of the table."""
-    peak, speedup = record["peak_bytes"], record["speedup_vs_published"]
-    return (
-        f"{name:<11}{record['ms']:>9.1f}{record['ms_least']:>9.1f}{record['ms_most']:>9.1f}"
-        f"{record['tokens_per_s']:>11,.0f}{record['row_steps']:>11.1f}{record['row_steps_per_s']:>10,.1f}"
-        f"{record['share_of_matmul_ceiling']:>9.1%}{'not measured' if peak is None else f'{peak / 1e9:.2f} GB':>14}"
-        f"{'not measured' if speedup is None else f'{speedup:.2f}x':>14}"
-    )
+def print_times(summary: dict[str, Any], device: torch.device) -> None:
+    """A line for each implementation that was asked for."""
+
+    def show(key: str, form: str, scale: float = 1.0, unit: str = "") -> Callable[[dict[str, Any]], str]:
+        return lambda record: "not measured" if record[key] is None else format(record[key] * scale, form) + unit
+
+    share = "MFU" if device.type == "cuda" else "share of ceiling"
+    columns = {"": itemgetter("name")}
+    columns |= {head: show(key, ".1f") for head, key in (("ms", "ms"), ("least", "ms_least"), ("most", "ms_most"))}
+    columns |= {"tokens/s": show("tokens_per_s", ",.0f"), "row-steps": show("row_steps", ".1f")}
+    columns |= {"row-steps/s": show("row_steps_per_s", ",.1f"), share: show("share_of_matmul_ceiling", ".1%")}
+    columns |= {"peak GB": show("peak_bytes", ".2f", 1e-9), "device busy": show("device_busy", ".0%")}
+    columns |= {"vs published": show("speedup_vs_published", ".2f", unit="x")}
+    print_table(columns, [{"name": name} | record for name, record in summary["implementations"].items()])
+    for name, why in {**summary["skipped"], **summary["failed"]}.items():
+        print(f"{name}: not measured: {why}")
+    print(f"{share}: of {summary['matmul_ceiling_flops_per_s'] / 1e12:.3g} TFLOP/s, ", end="")
+    print(f"a large {summary['dtype']} matrix product's in the same turns")
 
 
 def plot(timed: dict[str, dict[str, Any]], path: Path, title: str) -> None:
@@ -363,9 +266,6 @@ def plot(timed: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-HEADING = f"{'':<11}{'ms':>9}{'least':>9}{'most':>9}{'tokens/s':>11}{'row-steps':>11}{'a second':>10}"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit status."""
     options, device, run, config = arguments(argv)
@@ -379,47 +279,42 @@ def main(argv: list[str] | None = None) -> int:
         start.hrm_core.q_head.bias.copy_(torch.tensor([-5.0, 5.0]))
     steps = make_batches(run, options.tokens, config, device)
     depths = [batch.depths for batches in steps for batch in batches]
+    deep, deepest = statistics.mean(map(statistics.mean, depths)), statistics.mean(map(max, depths))
     names = [name for name in NAMES if name in options.implementations]
     skipped = {"fused": reason} if "fused" in names and (reason := why_not_fused(device)) else {}
+    with ops.use_backend("auto"):
+        kernels = ops.describe(device)
     summary: dict[str, Any] = {
         "benchmark": "train_step",
         "environment": environment(device),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "run": {key: getattr(run, key) for key in ("recipe", "batch_size", "accumulation", "depth", "dropout")},
+        "run": dataclasses.asdict(run),
         "model": config.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
+        "kernels": kernels,
         "iterations_in_a_turn": len(steps),
-        "mean_depth": float(np.mean(depths)),
-        "mean_slowest_depth": float(np.mean([max(rows) for rows in depths])),
+        "mean_depth": deep,
+        "mean_slowest_depth": deepest,
         "skipped": skipped,
     }
-    title = f"{summary['environment']['device']}, {summary['dtype']}, {run.recipe}"
-    title += f", {start.num_parameters():,} parameters, {run.accumulation} x {run.batch_size} x {options.tokens} tokens"
-    print(
-        f"{title}\ndepths {run.depth}: mean {summary['mean_depth']:.2f} of at most {config.hrm_max_steps}, of the",
-        end=" ",
+    title = (
+        f"{summary['environment']['device']}, {summary['dtype']}, {run.recipe}: {start.num_parameters():,} parameters, "
+        f"{run.accumulation} x {run.batch_size} rows x {options.tokens} tokens, depth {run.depth}"
     )
-    print(f"slowest row {summary['mean_slowest_depth']:.2f}; {len(steps)} iterations a turn", flush=True)
+    print(
+        f"{title}\nsteps of a row: mean {deep:.2f} of at most {config.hrm_max_steps}, of the slowest row of a", end=" "
+    )
+    print(f"micro-batch {deepest:.2f}; {len(steps)} iterations a turn", flush=True)
     summary |= measure([name for name in names if name not in skipped], start, run, dtype, steps, options.repeats)
-
-    timed = summary["implementations"]
-    if timed:
-        share = "MFU" if device.type == "cuda" else "ceiling"
-        print(f"{HEADING}{share:>9}{'peak memory':>14}{'published':>14}")
-        for name, record in timed.items():
-            print(row(name, record))
-    for name, reason in {**skipped, **{name: f"FAILED: {why}" for name, why in summary["failed"].items()}}.items():
-        print(f"{name:<11}not measured: {reason}")
-    if timed:
-        ceiling = summary["matmul_ceiling_flops_per_s"] / 1e12
-        print(f"{share}: of a large matrix product's {ceiling:.3g} TFLOP/s, measured in this run")
-        print_shares({name: record["profile"] for name, record in timed.items()}, device)
+    if summary["timed"]:
+        print_times(summary, device)
+        print_shares({name: record["profile"] for name, record in summary["implementations"].items()}, device)
         if options.plot:
-            plot(timed, options.plot, title)
+            plot(summary["implementations"], options.plot, title)
         if options.save:
             print(f"appended to {save('train_step.jsonl', summary)}")
     print(json.dumps(summary))
-    return int(not timed or bool(summary["failed"]))
+    return int(not summary["timed"] or bool(summary["failed"]))
 
 
 if __name__ == "__main__":

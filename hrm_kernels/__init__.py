@@ -14,6 +14,7 @@ from .autocast import shared_casts
 from .backend import (
     OPS,
     BackendError,
+    as_now,
     current_backend,
     describe,
     run,
@@ -23,6 +24,7 @@ from .backend import (
 )
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
 from .reference import rope, rope_table
+from .transfer import to_device
 from .version import __version__
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "LoopWeights",
     "__version__",
     "add_rms_norm",
+    "as_now",
     "attention",
     "current_backend",
     "describe",
@@ -47,6 +50,7 @@ __all__ = [
     "shared_casts",
     "swiglu",
     "swiglu_mul",
+    "to_device",
     "use_backend",
     "why_no_kernel",
 ]

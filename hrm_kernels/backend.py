@@ -13,6 +13,7 @@ where `triton` asks for them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -104,6 +105,23 @@ class use_backend:
     def __exit__(self, *exc) -> None:
         global _mode, _overrides
         _mode, _overrides = self._previous
+
+
+def as_now() -> contextlib.AbstractContextManager:
+    """A context in which the choices in force now are in force again, whatever they are by then."""
+    mode, overrides = _mode, _overrides
+
+    @contextlib.contextmanager
+    def again():
+        global _mode, _overrides
+        before = _mode, _overrides
+        _mode, _overrides = mode, overrides
+        try:
+            yield
+        finally:
+            _mode, _overrides = before
+
+    return again()
 
 
 def current_backend() -> str:

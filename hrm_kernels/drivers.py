@@ -5,7 +5,7 @@ the next step, or not.
             waits for the host, and at worst one step is started in which every kernel returns at once.
     graph   one CUDA graph of all steps, replayed. No host in the loop; steps after the last row is done still start,
             and every kernel in them returns at once.
-    while   a CUDA graph whose WHILE node a kernel sets (while_graph.py): exactly as many steps as the slowest row takes.
+    while   a CUDA graph whose WHILE node a kernel sets (while_graph.py): as many steps as the slowest row takes.
 """
 
 from __future__ import annotations

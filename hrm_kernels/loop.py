@@ -1,7 +1,7 @@
 """The batched-halting loop on kernels: every row of a batch to its own depth, the list of those that go on kept on the
 device. What a step is, is kernels/hrm_step.py; who starts the steps, drivers.py.
 
-Source: Wang et al., "Hierarchical Reasoning Model", 2025, for the two levels; the loop with a list of live rows is ours.
+The two levels are from Wang et al., "Hierarchical Reasoning Model", 2025.
 """
 
 from __future__ import annotations

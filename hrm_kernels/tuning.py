@@ -26,7 +26,8 @@ swiglu               float32  any   99   64   32   32     4      2  three tf32 p
 swiglu_mul           any      any    0    0 1024    0     4      1  1024 elements a program
 qkv                  half      64   99   16   64   64     4      4  decoding
 qkv                  half     any   99  128  128   64     8      3  896 = 7 x 128 columns; 4 warps would spill
-qkv                  float32  any   99   64   64   32     4      2
+qkv                  float32  any  227   64   64   32     4      2
+qkv                  float32  any   99   64   32   32     4      2  64 x 64 would spill on sm_80
 linear               half      64   99   16   32   64     4      4  decoding: 448 columns in 14 programs
 linear               half     any   99  128   64   64     4      4  448 = 7 x 64 columns
 linear               float32  any   99   64   32   32     4      2  three tf32 products

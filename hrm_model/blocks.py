@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hrm_kernels as ops
 
@@ -86,7 +89,21 @@ class GeluMLP(nn.Module):
         return F.dropout(self.c_proj(F.gelu(self.c_fc(x))), self.dropout, self.training)
 
 
+def _kernels_as_now():
+    """Contexts of a forward pass and of its repetition in the backward pass, when another backend may be in force."""
+    return nullcontext(), ops.as_now()
+
+
 class _BlockParts(nn.Module):
+    recompute = False
+    """Keep a pass's input alone for the backward pass, and make the rest again there."""
+
+    def apply_to(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The block's forward pass, as `recompute` has it."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self, x, rotary, lengths, use_reentrant=False, context_fn=_kernels_as_now)
+        return self(x, rotary, lengths)
+
     def __init__(self, config: HRMConfig):
         super().__init__()
         self.ln_1 = RMSNorm(config)

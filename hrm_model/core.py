@@ -50,7 +50,7 @@ class Level(nn.Module):
     def forward(self, z: Tensor, injection: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
         z = z + injection
         for layer in self.layers:
-            z = layer(z, rotary, lengths)
+            z = layer.apply_to(z, rotary, lengths)
         return z
 
 
@@ -123,7 +123,9 @@ class HRMCore(nn.Module):
             found = self.loop(batch)
             return CoreOutput(found.z_H, found.q, found.executed, found.halted, _row_steps(found.executed, 0))
         if gradient == "published":
-            loop = published_gradient(self, batch, max_steps, self.config.hrm_exploration_prob if self.training else 0.0)
+            loop = published_gradient(
+                self, batch, max_steps, self.config.hrm_exploration_prob if self.training else 0.0
+            )
             counts = torch.tensor(loop.row_steps, device=x.device)
             return CoreOutput(loop.z_H, loop.q, loop.result().executed, loop.result().halted, counts)
         found = self.loop(batch, before_last=True)
@@ -154,9 +156,8 @@ class HRMCore(nn.Module):
     def replay(self, batch: Batch, found: ops.LoopResult) -> CoreOutput:
         """Each row's last step with gradient: once more where it halted in the loop, for the first time elsewhere. No
         synchronisation."""
-        limit = torch.tensor(batch.limit, dtype=torch.int64)
-        may_halt = torch.tensor(batch.may_halt)
-        limit, may_halt = (_to(t, batch.x.device) for t in (limit, may_halt))
+        told = torch.tensor([batch.limit, batch.may_halt], dtype=torch.int64)
+        limit, may_halt = ops.to_device(told, batch.x.device)
         executed = torch.where(found.halted, found.executed, limit)
         # Rows whose last step is the first start from the parameters themselves, which so get their gradient.
         first = (executed == 1)[:, None, None]
@@ -167,7 +168,7 @@ class HRMCore(nn.Module):
             q, halt = self.q_values(z_H, batch.halt_bias, batch.lengths)
             # what a row decided in the loop stays: the replay's arithmetic may differ in the last bit
             q = torch.where(found.halted[:, None], found.q, q)
-            halted = found.halted | (halt & may_halt)
+            halted = found.halted | (halt & may_halt.bool())
         return CoreOutput(z_H, q, executed, halted, _row_steps(found.executed, len(executed)))
 
     def weights(self) -> ops.LoopWeights:
@@ -179,8 +180,3 @@ class HRMCore(nn.Module):
 def _row_steps(executed: Tensor, replayed: int) -> Tensor:
     looped = executed.sum()
     return torch.stack([looped, torch.full_like(looped, replayed)])
-
-
-def _to(t: Tensor, device: torch.device) -> Tensor:
-    """`t` on `device`; to a GPU without waiting for it."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)

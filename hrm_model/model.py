@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import Block, RMSNorm
+from .blocks import Block, ReasoningBlock, RMSNorm
 from .config import HRMConfig
 from .core import GRADIENTS, HRMCore
 
@@ -104,7 +104,7 @@ class HRMForCausalLM(nn.Module):
         Args:
             ids_BT: [B, T] int64 token ids, B >= 1, 1 <= T <= block_size.
             targets: [B, T] int64, already shifted; -1 and positions >= lengths are ignored.
-            lengths: [B] real tokens of each row, 1..T; default all T.
+            lengths: [B] real tokens of each row, 1..T; default all T. A list or CPU tensor spares a synchronisation.
             max_steps: this call's hrm_max_steps.
             force_steps: exact steps for every row (int) or each row ([B]); in a list, 0 lets the head decide.
             halt_bias: added to q_halt; default config.halt_bias in eval mode, 0 in training mode.
@@ -128,7 +128,7 @@ class HRMForCausalLM(nn.Module):
         rotary = self.rotary(ids_BT.shape[1])
         x_BTC = self.embed(ids_BT)
         for block in self.input_blocks:
-            x_BTC = block(x_BTC, rotary, lengths)
+            x_BTC = block.apply_to(x_BTC, rotary, lengths)
         core = self.hrm_core(x_BTC, rotary, lengths, forced, max_steps, halt_bias, gradient)
         h_BTC = self.decode(core.z_H, rotary, lengths)
         if torch.is_grad_enabled():
@@ -142,6 +142,13 @@ class HRMForCausalLM(nn.Module):
                 loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
         logits = self.lm_head(h_BTC) if targets is None or return_logits else None
         return HRMOutput(logits, loss, steps_taken, core.executed_steps, core.q_logits, core.row_steps)
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the block again there: a fraction of the
+        memory, for one more forward pass of the blocks that have a gradient. Gradients stay the same."""
+        for module in self.modules():
+            if isinstance(module, (Block, ReasoningBlock)):
+                module.recompute = on
 
     def rotary(self, n_positions: int) -> Tensor | None:
         """The rotary table of positions 0..n-1, float32 [n, D/2, 2]; None with learned positions."""
@@ -159,7 +166,7 @@ class HRMForCausalLM(nn.Module):
     def decode(self, z_H: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
         """Core state [B, T, C] -> output blocks -> final norm: the lm_head's input [B, T, C]."""
         for block in self.output_blocks:
-            z_H = block(z_H, rotary, lengths)
+            z_H = block.apply_to(z_H, rotary, lengths)
         return self.ln_f(z_H)
 
     def loss(self, h_BTC: Tensor, targets: Tensor, lengths: Tensor | None, reduction: str = "mean") -> Tensor:
@@ -208,13 +215,13 @@ class HRMForCausalLM(nn.Module):
                 raise ValueError(f"target {bad} is outside 0..{c.vocab_size - 1}; use {IGNORE} for 'no target'")
         if lengths is None:
             return None
-        if not isinstance(lengths, Tensor) or lengths.device.type == "cpu":
-            lengths = torch.as_tensor(lengths)
-            if lengths.shape != (n_rows,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-                raise ValueError(f"lengths must be {n_rows} integers, one per row; got {lengths.tolist()}")
-            if lengths.min() < 1 or lengths.max() > n_tokens:
-                raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
-        return lengths.to(ids_BT.device, torch.int64)
+        lengths = torch.as_tensor(lengths)
+        if lengths.shape != (n_rows,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise ValueError(f"lengths must be {n_rows} integers, one per row; got {lengths.tolist()}")
+        # on a GPU this waits for what is queued, so that what is told as a list or on the CPU is faster
+        if lengths.min() < 1 or lengths.max() > n_tokens:
+            raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
+        return ops.to_device(lengths.to(torch.int64), ids_BT.device)
 
 
 def _checked_depths(force_steps, max_steps: int, n_rows: int) -> list[int]:

@@ -129,9 +129,7 @@ def test_without_nvcc_the_error_says_what_to_do(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(while_graph, "CUDA", str(tmp_path))
-    with pytest.raises(
-        WhileGraphError, match=r"install the CUDA toolkit 12\.4 or later or set CUDA_HOME"
-    ):
+    with pytest.raises(WhileGraphError, match=r"install the CUDA toolkit 12\.4 or later or set CUDA_HOME"):
         build()
     assert while_graph.main() == 1 and capsys.readouterr().err.count("\n") == 1
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..transfer import to_device
 from ..tuning import tile
 from .launch import cdiv, dense, kernel_op, launch, needs_grad, power_of_2
 
@@ -67,10 +68,8 @@ class Books(NamedTuple):
         n = len(limit)
         rows = [row for row in range(n) if limit[row] > 0]
         told = torch.tensor([*limit, *map(int, may_halt), *rows, *[0] * (n - len(rows)), len(rows)], dtype=torch.int32)
-        if self.limit.device.type == "cuda":
-            # from pinned memory the host need not wait for the copy, and torch keeps it until the copy is done
-            told = told.pin_memory().to(self.limit.device, non_blocking=True)
-        for field, part in zip((self.limit, self.may_halt, self.active, self.n_active), told.split([n, n, n, 1]), strict=True):
+        fields = self.limit, self.may_halt, self.active, self.n_active
+        for field, part in zip(fields, to_device(told, self.limit.device).split([n, n, n, 1]), strict=True):
             field.copy_(part)
         for field in (self.executed, self.halted, self.q):
             field.zero_()
@@ -78,7 +77,7 @@ class Books(NamedTuple):
 
 def _scratch(z_H: Tensor) -> tuple[Tensor, Tensor]:
     """(partial sums, ticket)."""
-    n_rows, n_tokens, n_channels = z_H.shape
+    n_rows, n_tokens, _ = z_H.shape
     n_parts = cdiv(n_tokens, _positions(z_H))
     partial = torch.empty((n_rows, n_parts, 2), dtype=torch.float32, device=z_H.device)
     return partial, torch.zeros(1, dtype=torch.int32, device=z_H.device)

@@ -10,14 +10,13 @@
 
     a block:  v = norm_1(u + W_o attention(rope(W_qkv u)));   u = norm_2(v + W_down (silu(W_up v) * W_gate v))
 
-Every kernel reads the device's list of rows that go on. Rows that are not on it are not read and not written: nothing is
-moved to make room, a row's tensors stay in their place. The end of a level, with the sum that the next level starts
+Every kernel reads the device's list of rows that go on. Rows that are not on it are neither read nor written, and
+nothing is moved to make room: a row's tensors stay in their place. The end of a level, with the sum that the next level starts
 from, is part of its last block's second norm. A step of the base model is 24 blocks of 7 kernels, and 2 more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -236,7 +235,7 @@ class _Counter:
 
 def _block(space: Space, block: BlockWeights, sizes: Sizes, which: Rows, counter, then: int, state, other) -> None:
     """One block from space.u, by way of space.v, to space.u (and `state`)."""
-    n_rows, n_tokens, c = space.x.shape
+    n_rows, n_tokens, _ = space.x.shape
     m = n_rows * n_tokens
     u, v, qkv, heads, branch, hidden = (
         t.view(m, -1) for t in (space.u, space.v, space.qkv, space.heads, space.branch, space.hidden)

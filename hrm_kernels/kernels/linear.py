@@ -45,7 +45,7 @@ def _linear(
         y = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # where the reference rounds
         y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     y_ptrs = y_ptr + place[:, None] * N + column[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), real[:, None] & (column < N)[None, :])
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), (index < count)[:, None] & (column < N)[None, :])
 
 
 def start_linear(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, n_tokens: int, which: Rows, gelu=False) -> None:

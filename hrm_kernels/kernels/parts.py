@@ -31,7 +31,8 @@ def tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE: tl.constexpr, HA
     Token (row, position) lies at `place` = row T + position. With ACTIVE, tokens are counted through the rows that the
     device's list names, padding is not real, and a tile that ends one row goes on with the next: nothing that is
     computed for a token looks at its tile's other tokens. Indices beyond the last token name the last one, which costs
-    no mask on loads, and are not real.
+    no mask on loads, and are not real. A product's tile that holds any real token is computed and stored as a whole,
+    padding too: what lies there in scratch memory is never looked at, and one mask more would make a kernel spill.
     """
     real = index < count
     index = tl.minimum(index, count - 1)
@@ -46,9 +47,7 @@ def tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE: tl.constexpr, HA
 
 
 @triton.jit
-def product(
-    out, x_ptrs, w_ptrs, K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def product(out, x_ptrs, w_ptrs, K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
     """out + x w^T over K: x_ptrs [BLOCK_M, BLOCK_K] and w_ptrs [BLOCK_K, BLOCK_N] point at the first BLOCK_K columns. x
     is rounded to w's type in registers."""
     k = tl.arange(0, BLOCK_K)

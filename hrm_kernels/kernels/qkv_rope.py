@@ -67,7 +67,7 @@ def _project(
         pair = tile_n * BLOCK_N + 2 * tl.arange(0, BLOCK_N // 2)
         out = rotated(out, angles, (pair < N_Q + N_KV)[None, :], False, BLOCK_M, BLOCK_N)
     out_ptrs = qkv_ptr + place[:, None] * N + column[None, :]
-    tl.store(out_ptrs, out.to(qkv_ptr.dtype.element_ty), real[:, None] & (column < N)[None, :])
+    tl.store(out_ptrs, out.to(qkv_ptr.dtype.element_ty), (index < count)[:, None] & (column < N)[None, :])
 
 
 @triton.jit

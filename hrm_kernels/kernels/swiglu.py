@@ -66,7 +66,7 @@ def _forward(
         gate += tl.load(b_gate_ptr + w_row).to(tl.float32)[None, :]
         up += tl.load(b_up_ptr + w_row).to(tl.float32)[None, :]
     out = place[:, None] * F + column[None, :]
-    mask = real[:, None] & (column < F)[None, :]
+    mask = (index < count)[:, None] & (column < F)[None, :]
     # rounded whether they are stored or not, so that a pass without gradient computes the same bits as one with
     gate = gate.to(h_ptr.dtype.element_ty)
     up = up.to(h_ptr.dtype.element_ty)
@@ -109,7 +109,7 @@ def _launch_forward(x, w_gate, w_up, b_gate, b_up, h, gate, up):
 
 
 def start_swiglu(x, weights, biases, h, kept, n_tokens: int, which: Rows) -> None:
-    """Launch the kernel for `which` rows: x [M, C] -> h [M, F], and the two products into `kept` unless they are None."""
+    """Launch the kernel for `which` rows: x [M, C] -> h [M, F], and both products into `kept` unless None."""
     (m, k), (w_gate, w_up) = x.shape, weights
     f = w_gate.shape[0]
     chosen = tile("swiglu", w_gate.dtype, m, x.device)

@@ -94,6 +94,8 @@ class Pretraining:
             make_directory(self.out, run.overwrite)
         else:
             self._resume(self.checkpoint)
+        if run.recompute:
+            self.model.recompute_activations()
         if run.compile:
             compile_blocks(self.model)
 

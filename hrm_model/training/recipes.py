@@ -69,6 +69,8 @@ class TrainConfig:
     """kernels of hrm_kernels: auto where a GPU and a kernel are, require makes their absence an error"""
     compile: bool = False
     """torch.compile the blocks"""
+    recompute: bool = False
+    """keep only block inputs for the backward pass and compute the rest again: less memory, slower"""
     deterministic: bool = False
     """bitwise reproducible on a GPU too, slower"""
     log_every: int = 10
