@@ -30,14 +30,13 @@ kept; 2 for wrong usage.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,6 @@ import hrm_kernels as ops
 from bench.common import (
     device_activity,
     environment,
-    free_bytes,
     interleaved,
     large_product,
     peak_bytes,
@@ -58,19 +56,8 @@ from bench.common import (
     print_table,
     save,
 )
-from bench.hrm_step_cases import (
-    DEPTHS,
-    NAMES,
-    Case,
-    Loop,
-    Start,
-    bytes_needed,
-    cases,
-    check,
-    kernels_of_a_step,
-    why_not,
-)
-from hrm_model import HRMConfig, HRMForCausalLM
+from bench.hrm_step_cases import DEPTHS, NAMES, Bench, Case, Loop, Start, kernels_of_a_step
+from hrm_model import HRMConfig
 from hrm_model.config import PRESETS
 from hrm_model.training.device import choose_device, choose_dtype
 from hrm_model.training.flops import block_flops
@@ -276,86 +263,19 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device,
     return options, device, config
 
 
-class Bench:
-    """The loops at their sizes, and what was found of them."""
-
-    def __init__(self, options: argparse.Namespace, device: torch.device, config: HRMConfig):
-        self.options, self.config, self.dtype = options, config, choose_dtype(options.dtype, device)
-        torch.manual_seed(0)
-        self.model = HRMForCausalLM(config).to(device, self.dtype).eval()
-        self.reference = Loop("reference", self.model)
-        self.wide = None
-        if self.dtype != torch.float32:
-            self.wide = Loop("reference", copy.deepcopy(self.model).float())
-        self.loops: list[Loop] = []
-        self.skipped: dict[str, str] = {}
-        self.failed: dict[str, str] = {}
-        self.wrong: list[str] = []
-        x = Start.of(self.model, 1, 1).xs[0]
-        for name in (name for name in NAMES if name in (options.implementations or NAMES)):
-            if reason := why_not(name, self.reference.core, x, bool(options.implementations)):
-                self.skipped[name] = reason
-            else:
-                self.loops.append(self.reference if name == "reference" else Loop(name, self.model))
-
-    def cases(self, size: tuple[int, int]) -> list[Case]:
-        """Of one size, those that were asked for."""
-        return cases(size[0], self.config.hrm_max_steps, self.options.depths)
-
-    def at(self, size: tuple[int, int], call: Callable[[Start], Any]) -> Any:
-        """`call` at one size, or None and the reason in `skipped`."""
-        where, device = f"{size[0]} x {size[1]}", self.model.device
-        needed, free = bytes_needed(self.config, *size, len(self.loops)), free_bytes(device)
-        try:
-            if not self.cases(size):
-                self.skipped[where] = "none of --depths can be had with so few rows"
-            elif free is not None and needed > free:
-                self.skipped[where] = f"needs some {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-            else:
-                return call(Start.of(self.model, *size))
-        except torch.OutOfMemoryError as error:
-            self.skipped[where] = str(error).partition("\n")[0]
-        finally:
-            for loop in self.loops:
-                loop.release()
-        return None
-
-    def check(self, size: tuple[int, int]) -> None:
-        """Hold numbers at one size; prints what it finds. An implementation that fails is left out from then on."""
-        found = self.at(size, lambda start: check(self.loops, self.reference, self.wide, start, self.cases(size)))
-        for name, one in (found or {}).items():
-            where = f"{size[0]} x {size[1]} {name}"
-            if "failed" in one:
-                verdict = f"FAILED: {one['failed']}"
-                self.failed[where] = one["failed"]
-                self.loops = [loop for loop in self.loops if loop.name != name]
-            else:
-                verdict = f"worst row {one['error']:.1e} from the reference, {one['of_limit']:.0%} of the limit"
-            if one.get("of_limit", 0) > 1:
-                self.wrong.append(where)
-                verdict = f"WRONG: {verdict}"
-            print(f"{where}: {verdict}", flush=True)
-
-    def measure(self, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """Times at one size; prints them."""
-        todo, repeats = self.cases(size), self.options.repeats
-        found = self.at(size, lambda start: measure(self.loops, self.config, start, todo, repeats)) or []
-        print_table(TIMES, found)
-        return found
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns its exit status."""
     options, device, config = arguments(argv)
     if device.index is not None:
         torch.cuda.set_device(device)
-    bench = Bench(options, device, config)
+    dtype = choose_dtype(options.dtype, device)
+    bench = Bench(config, dtype, device, options.implementations, options.depths)
     record: dict[str, Any] = {
         "benchmark": "hrm_step",
         "environment": environment(device),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "model": config.to_dict(),
-        "dtype": str(bench.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     title = f"{record['environment']['device']}, {record['dtype']}, {options.preset}"
     print(f"{title}, at most {config.hrm_max_steps} steps, median of {options.repeats}\n\nnumbers, at equal depths")
@@ -373,7 +293,10 @@ def main(argv: list[str] | None = None) -> int:
             left = sum(took[other] for other in sizes[i:]) * (options.repeats + 1) / 60
             progress = f"{i + 1} of {len(sizes)}, some {left:.1f} minutes left"
             print(f"\n{size[0]} rows x {size[1]} tokens ({progress})", flush=True)
-            rows += bench.measure(size)
+            todo = bench.cases(size)
+            found = bench.at(size, lambda start, todo=todo: measure(bench.loops, config, start, todo, options.repeats))
+            print_table(TIMES, found or [])
+            rows += found or []
     lines = list(fits(rows, config.hrm_max_steps))
     broken = not_kept(rows, lines)
     if lines:
@@ -387,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\nnot measured" + ("" if missing else ": nothing is missing"))
     print("".join(f"{what}: {why}\n" for what, why in missing.items()), end="")
     if (reason := ops.why_no_kernel("hrm_loop", torch.device("meta"))) is None:
-        n = record["kernels_of_a_fused_step"] = kernels_of_a_step(config, bench.dtype, *sizes[-1])
+        n = record["kernels_of_a_fused_step"] = kernels_of_a_step(config, dtype, *sizes[-1])
         print(f"a step of the fused loop starts {n} kernels, counted without running them")
     else:
         print(f"kernels of a step of the fused loop: {reason}")

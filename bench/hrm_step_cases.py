@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import hrm_kernels as ops
+from bench.common import free_bytes
 from bench.published import PublishedHRM
 from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.core import HRMCore
@@ -225,3 +226,73 @@ def check(loops: list[Loop], reference: Loop, wide: Loop | None, start: Start, t
             if of_limit > found[name]["of_limit"]:
                 found[name] = {"error": error, "of_limit": of_limit}
     return found
+
+
+class Bench:
+    """The loops that can run, at any size, and what was found of them."""
+
+    def __init__(
+        self,
+        config: HRMConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        asked: Sequence[str] | None,
+        depths: Sequence[str],
+    ):
+        """`asked`: implementations, None for what makes sense on the device; `depths`: names of cases."""
+        torch.manual_seed(0)
+        self.config, self.depths = config, depths
+        self.model = HRMForCausalLM(config).to(device, dtype).eval()
+        self.reference = Loop("reference", self.model)
+        self.wide = None if dtype == torch.float32 else Loop("reference", copy.deepcopy(self.model).float())
+        self.loops: list[Loop] = []
+        self.skipped: dict[str, str] = {}
+        """Implementation or size -> why it is left out."""
+        self.failed: dict[str, str] = {}
+        """Size and implementation -> the error."""
+        self.wrong: list[str] = []
+        """Sizes and implementations."""
+        x = Start.of(self.model, 1, 1).xs[0]
+        for name in (name for name in NAMES if name in (asked or NAMES)):
+            if reason := why_not(name, self.reference.core, x, bool(asked)):
+                self.skipped[name] = reason
+            else:
+                self.loops.append(self.reference if name == "reference" else Loop(name, self.model))
+
+    def cases(self, size: tuple[int, int]) -> list[Case]:
+        """Of one size (rows, tokens), those that were asked for."""
+        return cases(size[0], self.config.hrm_max_steps, self.depths)
+
+    def at(self, size: tuple[int, int], call: Callable[[Start], Any]) -> Any:
+        """`call` at one size; None where the size is left out."""
+        where, device = f"{size[0]} x {size[1]}", self.model.device
+        needed, free = bytes_needed(self.config, *size, len(self.loops)), free_bytes(device)
+        try:
+            if not self.cases(size):
+                self.skipped[where] = "none of --depths can be had with so few rows"
+            elif free is not None and needed > free:
+                self.skipped[where] = f"may need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+            else:
+                return call(Start.of(self.model, *size))
+        except torch.OutOfMemoryError as error:
+            self.skipped[where] = str(error).partition("\n")[0]
+        finally:
+            for loop in self.loops:
+                loop.release()
+        return None
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Hold the numbers at one size; prints what it finds. An implementation that fails is left out from then on."""
+        found = self.at(size, lambda start: check(self.loops, self.reference, self.wide, start, self.cases(size)))
+        for name, one in (found or {}).items():
+            where = f"{size[0]} x {size[1]} {name}"
+            if "failed" in one:
+                verdict = f"FAILED: {one['failed']}"
+                self.failed[where] = one["failed"]
+                self.loops = [loop for loop in self.loops if loop.name != name]
+            else:
+                verdict = f"worst row {one['error']:.1e} from the reference, {one['of_limit']:.1%} of the limit"
+            if one.get("of_limit", 0) > 1:
+                self.wrong.append(where)
+                verdict = f"WRONG: {verdict}"
+            print(f"{where}: {verdict}", flush=True)

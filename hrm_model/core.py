@@ -123,11 +123,10 @@ class HRMCore(nn.Module):
             found = self.loop(batch)
             return CoreOutput(found.z_H, found.q, found.executed, found.halted, _row_steps(found.executed, 0))
         if gradient == "published":
-            loop = published_gradient(
-                self, batch, max_steps, self.config.hrm_exploration_prob if self.training else 0.0
-            )
-            counts = torch.tensor(loop.row_steps, device=x.device)
-            return CoreOutput(loop.z_H, loop.q, loop.result().executed, loop.result().halted, counts)
+            exploration = self.config.hrm_exploration_prob if self.training else 0.0
+            loop = published_gradient(self, batch, max_steps, exploration)
+            found, counts = loop.result(), torch.tensor(loop.row_steps, device=x.device)
+            return CoreOutput(found.z_H, found.q, found.executed, found.halted, counts)
         found = self.loop(batch, before_last=True)
         # Autocast caches the low-precision copy of a weight until its region ends. In some torch releases copies made
         # in the loop have no gradient history, and the replay would silently reuse them (pytorch issue 112583): the

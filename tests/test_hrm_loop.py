@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from hrm_model.core import HRMCore
 from hrm_model.host_loop import Batch, host_loop
 
 S = 4
+ONE_OF_EACH = dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=1)
 NEVER, AT_ONCE = -1e9, 1e9
 """Halting biases that decide by themselves."""
 
@@ -207,8 +209,8 @@ def test_random_configurations_and_patterns(data):
     n_kv_head, groups = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     heads = n_kv_head * groups
     shape = dict(
-        n_head=heads, n_kv_head=n_kv_head, n_embd=heads * 2 * draw(st.integers(1, 9)), mlp_hidden=draw(st.integers(1, 40)),
-        hrm_L_layers=draw(st.integers(1, 2)), hrm_H_cycles=draw(st.integers(1, 2)), bias=draw(st.booleans()),
+        n_head=heads, n_kv_head=n_kv_head, n_embd=heads * 2 * draw(st.integers(1, 9)),
+        mlp_hidden=draw(st.integers(1, 40)), hrm_L_layers=draw(st.integers(1, 2)), hrm_H_cycles=draw(st.integers(1, 2)), bias=draw(st.booleans()),
         use_swiglu=draw(st.booleans()),
     )  # fmt: skip
     model = core(seed=draw(st.integers(0, 99)), **shape)
@@ -256,7 +258,7 @@ def test_a_row_that_is_done_is_neither_read_nor_written():
                     t[row] = float("nan")
             for t in everything:
                 assert t[row].isnan().all()
-    expected, before = on_host(model, b), on_host(model, Batch(**(vars(b) | {"limit": [n - 1 for n in b.limit]})))
+    expected, before = on_host(model, b), on_host(model, b.one_less())
     for row, states in at_the_end.items():
         n = b.lengths[row]
         for name, truth in (("z_H", expected.z_H), ("z_L", expected.z_L), ("before_H", before.z_H)):
@@ -300,7 +302,7 @@ def test_under_autocast_the_state_stays_float32():
     truth = on_host(model, b)
     assert found.z_H.dtype == torch.float32
     assert 1e-4 < relative_error(found.z_H, truth.z_H) <= 1.2 * relative_error(theirs.z_H, truth.z_H)
-    model.weight_that_changed = model.L_level.layers[0].mlp.up.weight.mul_(2)
+    model.L_level.layers[0].mlp.up.weight.mul_(2)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert not torch.equal(in_kernels(model, b).z_H, found.z_H), "copies of weights are made anew"
 
@@ -393,7 +395,7 @@ def test_inference_mode_leaves_nothing_behind_that_training_could_not_use():
 # -- whole models ------------------------------------------------------------------------------------------------------
 
 TINY = dict(vocab_size=97, n_embd=16, block_size=16, n_head=2, n_kv_head=1, n_input_layers=1, n_output_layers=1)
-TINY |= dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=1, hrm_max_steps=3, halt_bias=0.0)
+TINY |= ONE_OF_EACH | dict(hrm_max_steps=3, halt_bias=0.0)
 
 
 def language_model(**options) -> HRMForCausalLM:
@@ -462,14 +464,14 @@ def test_recomputed_activations_give_the_same_gradients_and_keep_less(mode):
     model, found = language_model(dropout=0.2, hrm_L_cycles=2).train(), []
     for recompute in (False, True):
         model.recompute_activations(recompute)
-        kept = {}
+        kept = set()
+
+        def keep(t: Tensor, kept=kept) -> Tensor:
+            kept.add((t.data_ptr(), t.numel() * t.element_size()))
+            return t
+
         torch.manual_seed(3)
-        with (
-            ops.use_backend(mode),
-            torch.autograd.graph.saved_tensors_hooks(
-                lambda t: kept.setdefault((t.data_ptr(), t.numel() * t.element_size())) or t, lambda t: t
-            ),
-        ):
+        with ops.use_backend(mode), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             out = model(IDS, IDS, force_steps=[1, 2, 3])
         out.loss.backward()
         found.append(({name: p.grad for name, p in model.named_parameters()}, sum(size for _, size in kept)))
@@ -500,7 +502,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_launched(wrong, message
     b = batch(model, 2, 5)
     wrong = {name: t.to(DEVICE) if isinstance(t, Tensor) and name != "lengths" else t for name, t in wrong.items()}
     with pytest.raises(ValueError, match=re.escape(message)), record() as launches:
-        in_kernels(model, Batch(**(vars(b) | wrong)))
+        in_kernels(model, replace(b, **wrong))
     assert not launches
 
 
@@ -519,7 +521,7 @@ def test_a_model_with_kernels_refuses_the_same(options, message):
         language_model()(IDS, **options)
 
 
-# -- on a GPU ----------------------------------------------------------------------------------------------------------
+# -- drivers -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_of_the_base_model_starts_170_kernels():

@@ -11,8 +11,8 @@
     a block:  v = norm_1(u + W_o attention(rope(W_qkv u)));   u = norm_2(v + W_down (silu(W_up v) * W_gate v))
 
 Every kernel reads the device's list of rows that go on. Rows that are not on it are neither read nor written, and
-nothing is moved to make room: a row's tensors stay in their place. The end of a level, with the sum that the next level starts
-from, is part of its last block's second norm. A step of the base model is 24 blocks of 7 kernels, and 2 more.
+nothing is moved to make room: a row's tensors stay in their place. The end of a level, with the sum that the next level
+starts from, is part of its last block's second norm. A step of the base model is 24 blocks of 7 kernels, and 2 more.
 """
 
 from __future__ import annotations
