@@ -117,9 +117,9 @@ def fit(row_steps: list[int], seconds: list[float]) -> tuple[float, float, float
     """(a, b, largest |residual| / measured) of the line seconds = a + b * row_steps with the least squares of residuals
     relative to what was measured.
 
-    Relative, because noise is: a machine's clock and neighbours change a time by so many per cent. Of plain squares
-    nearly all would be the longest batches', and their noise alone would move a by as much as its limit, which is so
-    many per cent of just those. So weighted, a is what the shortest batch takes beyond its steps.
+    Relative, because noise is: a machine's clock and neighbours change a time by so many per cent. The short batches
+    say most about a, and in plain squares the noise of the long ones drowns them: with times that are off by 3 % a
+    scatters more than twice as much (tests/test_bench_hrm_step.py), and its limit is small beside the longest time.
     """
     design = np.stack([np.ones(len(row_steps)), row_steps], axis=1)
     weights = 1 / np.asarray(seconds)
@@ -278,7 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": str(dtype).removeprefix("torch."),
     }
     title = f"{record['environment']['device']}, {record['dtype']}, {options.preset}"
-    print(f"{title}, at most {config.hrm_max_steps} steps, median of {options.repeats}\n\nnumbers, at equal depths")
+    print(f"{title}, at most {config.hrm_max_steps} steps, median of {options.repeats}")
+    print("\nnumbers, at equal depths, against the reference" + ("" if dtype == torch.float32 else " in float32"))
     sizes = list(itertools.product(options.batch_sizes, options.tokens))
     took = {}
     for size in sizes:
@@ -292,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         for i, size in enumerate(sizes):
             left = sum(took[other] for other in sizes[i:]) * (options.repeats + 1) / 60
             progress = f"{i + 1} of {len(sizes)}, some {left:.1f} minutes left"
-            print(f"\n{size[0]} rows x {size[1]} tokens ({progress})", flush=True)
+            print(f"\n{size[0]} x {size[1]} tokens ({progress})", flush=True)
             todo = bench.cases(size)
             found = bench.at(size, lambda start, todo=todo: measure(bench.loops, config, start, todo, options.repeats))
             print_table(TIMES, found or [])
@@ -302,6 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     if lines:
         print("\ntime = a + b x (executed row-steps)")
         print_table(FITS, lines)
+    if rows:
         print("\n".join(f"LIMIT NOT KEPT: {words}" for words in broken) or "limits kept")
 
     missing = {**bench.skipped, **bench.failed}

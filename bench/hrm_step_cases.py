@@ -197,7 +197,8 @@ def check(loops: list[Loop], reference: Loop, wide: Loop | None, start: Start, t
     are not.
 
     Returns:
-        Name -> "error" of the worst row and "of_limit", above 1 if it is wrong; or "failed", why it did not run.
+        Name -> of the work that is nearest to its limit "error" of the worst row, and "of_limit", above 1 if it is
+        wrong; or "failed", why it did not run.
     """
     works: dict[tuple, dict[str, Loop]] = {}
     for loop, case in itertools.product(loops, todo):
@@ -291,7 +292,7 @@ class Bench:
                 self.failed[where] = one["failed"]
                 self.loops = [loop for loop in self.loops if loop.name != name]
             else:
-                verdict = f"worst row {one['error']:.1e} from the reference, {one['of_limit']:.1%} of the limit"
+                verdict = f"a row off by {one['error']:.1e}, {one['of_limit']:.1%} of the limit"
             if one.get("of_limit", 0) > 1:
                 self.wrong.append(where)
                 verdict = f"WRONG: {verdict}"

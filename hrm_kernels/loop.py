@@ -161,7 +161,7 @@ class HRMLoop:
             space.fill(x, init_H, init_L, rotary, lengths, dropout_p)
             books = space.books
             steps = drivers.Steps(lambda: step(space, weights, sizes), books.n_active, max(limit), any(may_halt))
-            if driver == "host":
+            if driver == "host" or steps.most == 0:
                 books.open(limit, may_halt)
                 drivers.host(steps)
             else:
@@ -177,7 +177,9 @@ class HRMLoop:
                 z_H, z_L = z_H.clone(), z_L.clone()
             result = LoopResult(z_H, z_L, books.q.clone(), books.executed.long(), halted)
             if x.is_cuda:
-                self._done = torch.cuda.current_stream(x.device).record_event()
+                stream = torch.cuda.current_stream(x.device)
+                self._scratch.used_on(stream)
+                self._done = stream.record_event()
         return result
 
     def _in_one_type(self, weights: LoopWeights, dtype: torch.dtype) -> LoopWeights:

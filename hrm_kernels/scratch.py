@@ -34,6 +34,10 @@ class Scratch:
         self._bytes = torch.empty(needed, dtype=torch.uint8, device=device)
         return True
 
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Tell torch that `stream` works on this memory: it is not given to others before that work is done."""
+        self._bytes.record_stream(stream)
+
     def carve(self, sizes: Sizes) -> dict[str, Tensor]:
         """Uninitialised tensors of `sizes`, one behind the other. They overlap those of the call before."""
         found, begin = {}, 0
