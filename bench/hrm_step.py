@@ -1,20 +1,23 @@
 """What does the loop over HRM steps cost, for batches whose rows stop at different steps?
 
-    python bench/hrm_step.py                                  # base on a GPU; small on a CPU, some two minutes
+    python bench/hrm_step.py                                  # base on a GPU; small on a CPU, a minute or two
     python bench/hrm_step.py --batch-sizes 64 --tokens 512 --depths all-1 bimodal all-S --save --plot hrm_step.png
 
 Timed is the loop alone, without gradient, weights and activations in one type: from the input blocks' output to each
 row's final z_H. Times are of the clock, so they have what Python and the waiting for the device cost. Implementations:
 
-    published     bench/published.py: every row runs until the slowest is done; the baseline of every ratio
+    published     bench/published.py: every row runs until the slowest is done, so cases that share the slowest depth
+                  share a time; the baseline of every ratio
     reference     our loop on the host, eager
     compile       the same, its blocks by torch.compile (on a CPU only where it is named)
     fused-host, fused-graph, fused-while
                   our loop on kernels, its steps started by that driver (hrm_kernels/drivers.py; need a CUDA device)
 
-Rows stop where they shall because the head decides so everywhere or nowhere: a bias of +inf ends every row after one
-step, and with -inf a row runs to its limit, but nobody knows that beforehand, so after every step what goes on has to
-be found out. In "all-S-given" nothing can be decided, and nobody has to ask.
+Depths, of at most S steps: all rows 1 or S, one row deep and the others at 1, half of them deep or three quarters,
+uniform from 1 to S, and "bimodal", 19 % deep, as the published model halts on HellaSwag (bench/hrm_step_cases.py). Rows
+stop where they shall because the head decides so everywhere or nowhere: a bias of +inf ends every row after one step,
+and with -inf a row runs to its limit; as it could have decided otherwise, after every step it has to be found out which
+rows go on. In "all-S-given" nothing can be decided, and nobody has to ask.
 
 All get the same rows. Before anything is timed, each row's z_H and its steps are held to the reference's; if one
 differs nothing is timed. Executed row-steps are what an implementation really ran. Per size and implementation
@@ -230,7 +233,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device,
     parser.add_argument(
         "--batch-sizes", type=positive, nargs="+", metavar="B", help="default: 1 8 64 256 on a GPU, 8 on a CPU"
     )
-    parser.add_argument("--tokens", type=positive, nargs="+", metavar="T", help="a row; default: 1 64 512, 64 on a CPU")
+    parser.add_argument("--tokens", type=positive, nargs="+", metavar="T", help="a row; default: 1 64 512, 32 on a CPU")
     parser.add_argument(
         "--depths", nargs="+", choices=DEPTHS, default=DEPTHS, metavar="NAME",
         help=f"{', '.join(DEPTHS)}; default: all, but of those that are equal in a small batch one",
@@ -253,7 +256,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device,
     options.preset = options.preset or ("base" if gpu else "small")
     config = HRMConfig.preset(options.preset)
     options.batch_sizes = options.batch_sizes or ([1, 8, 64, 256] if gpu else [8])
-    options.tokens = options.tokens or [n for n in ([1, 64, 512] if gpu else [64]) if n <= config.block_size]
+    options.tokens = options.tokens or [n for n in ([1, 64, 512] if gpu else [32]) if n <= config.block_size]
     if max(options.tokens) > config.block_size:
         parser.error(f"--tokens {max(options.tokens)} is over the {config.block_size} of --preset {options.preset}")
     if options.plot and importlib.util.find_spec("matplotlib") is None:

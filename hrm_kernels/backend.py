@@ -191,8 +191,13 @@ def chosen(op: str, *args) -> tuple[str, Callable]:
         if kernel is not None:
             return "triton", kernel
         if setting == "triton":
-            raise BackendError(f"backend 'triton' was asked for, but {op}: {reason}; use 'auto' or 'reference'")
+            raise BackendError(_asked_for(op, setting, reason))
     return "reference", getattr(reference, op)
+
+
+def _asked_for(op: str, setting: str, reason: str) -> str:
+    what = f"backend {setting!r}" if setting in MODES else f"{op}={setting}"
+    return f"{what} was asked for, but {op}: {reason}; use 'auto' or 'reference'"
 
 
 def _fastest_attention(qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor | None, dropout_p: float) -> str:
@@ -234,24 +239,28 @@ def loop_driver(x: Tensor, weights: LoopWeights, n_head: int, n_kv_head: int) ->
     setting = _setting(LOOP)
     if setting == "reference":
         return None
-    by_name = setting in DRIVERS
-    kernel, reason = _kernel(LOOP, "triton" if by_name else setting, (x, weights, n_head, n_kv_head))
+    kernel, reason = _kernel(LOOP, "triton" if setting in DRIVERS else setting, (x, weights, n_head, n_kv_head))
     if kernel is None:
         if setting == "auto":
             return None
-        raise BackendError(f"{LOOP}={setting} was asked for, but {reason}; use 'auto' or 'reference'")
-    reason = None
-    if setting != "host" and not x.is_cuda:
-        reason = f"x is on {x.device.type}, and CUDA graphs need a CUDA device"
+        raise BackendError(_asked_for(LOOP, setting, reason))
+    return _driver(setting, x.device)
+
+
+def _driver(setting: str, device: torch.device) -> str:
+    """Who starts the steps on `device`; the device itself, unless that cannot be or another was asked for."""
+    by_name, reason = setting in DRIVERS, None
+    if setting != "host" and device.type != "cuda":
+        reason = f"x is on {device.type}, and CUDA graphs need a CUDA device"
     elif setting in ("auto", "triton", "while"):
         from . import while_graph
 
-        reason = while_graph.why_not(x.device)
+        reason = while_graph.why_not(device)
     if reason is None:
         return setting if by_name else "while"
     if by_name:
         raise BackendError(f"{LOOP}={setting} was asked for, but {reason}; use {LOOP}=host")
-    if x.is_cuda:
+    if device.type == "cuda":
         _say_once(f"the host starts the steps of the HRM loop, not the device: {reason}")
     return "host"
 
@@ -262,12 +271,14 @@ def _say_once(message: str) -> None:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Op name -> implementation, as it would be chosen on `device` for inputs that the kernels cover. For run headers
-    and bug reports."""
+    """Op name -> implementation, as it would be chosen on `device` for inputs that the kernels cover; of the loop, who
+    starts its steps. For run headers and bug reports."""
     names = {}
     for op in (*OPS, LOOP):
         name = _setting(op)
         if name == "auto":
             name = "triton" if device.type == "cuda" and why_no_kernel(op, device) is None else "reference"
+        if op == LOOP and name == "triton":
+            name = _driver(name, device)
         names[op] = name
     return names

@@ -92,6 +92,7 @@ class HRMLoop:
 
     def __init__(self, n_head: int, n_kv_head: int, H_cycles: int, L_cycles: int, eps: float):
         self._arguments = n_head, n_kv_head, H_cycles, L_cycles, eps
+        self._lock = threading.Lock()
         self.release()
 
     def __deepcopy__(self, memo) -> HRMLoop:
@@ -102,11 +103,10 @@ class HRMLoop:
 
     def release(self) -> None:
         """Give scratch memory and captured graphs back."""
-        self._lock = threading.Lock()
-        self._scratch = Scratch()
-        self._shapes: OrderedDict[tuple, _Shape] = OrderedDict()
-        self._copies: tuple[list, list[Tensor]] = [], []
-        self._done: torch.cuda.Event | None = None
+        with self._lock:
+            self._scratch, self._copies = Scratch(), Scratch()
+            self._shapes: OrderedDict[tuple, _Shape] = OrderedDict()
+            self._done: torch.cuda.Event | None = None
 
     def driver(self, weights: LoopWeights, x: Tensor) -> str | None:
         """Who would start the steps over x, a name of drivers.py; None where the model's own loop is to run.
@@ -151,6 +151,7 @@ class HRMLoop:
         from .kernels.hrm_step import Sizes, step
 
         sizes = Sizes(*self._arguments, halt_bias, dropout_p)
+        keep_before = keep_before and any(may_halt)  # a row that ends at its limit has run only what it was to run
         # memory made within inference mode could not be written to outside it
         with self._lock, torch.inference_mode(False), torch.no_grad():  # the former switches gradients on
             if self._done is not None and x.is_cuda:  # the last call may have been on another stream
@@ -179,29 +180,31 @@ class HRMLoop:
             if x.is_cuda:
                 stream = torch.cuda.current_stream(x.device)
                 self._scratch.used_on(stream)
+                self._copies.used_on(stream)
                 self._done = stream.record_event()
         return result
 
     def _in_one_type(self, weights: LoopWeights, dtype: torch.dtype) -> LoopWeights:
-        """`weights` dense, matrices and biases in `dtype`: the parameters themselves where they are so, else copies in
-        memory that stays in its place (graphs hold its address), filled anew by every call."""
+        """`weights` dense, matrices and biases in `dtype`: the parameters themselves where they are so, else copies,
+        filled anew by every call in memory that stays in its place: graphs hold addresses."""
         blocks = [b._asdict() for b in (*weights.L, *weights.H)]
-        wanted = [
-            (i, name, t)
-            for i, block in enumerate(blocks)
-            for name, t in block.items()
-            if t is not None and not name.startswith("norm") and (t.dtype != dtype or not t.is_contiguous())
-        ]
-        if not wanted:
+        places = [(block, name) for block in blocks for name, t in block.items() if t is not None]
+        places += [(head := {"q": weights.q, "q_bias": weights.q_bias}, "q"), (head, "q_bias")]
+        sizes = {}
+        for i, (owner, name) in enumerate(places):
+            t = owner[name]
+            wanted = t.dtype if name.startswith("norm") or owner is head else dtype
+            if t.dtype != wanted or not t.is_contiguous():
+                sizes[i] = tuple(t.shape), wanted
+        if not sizes:
             return weights
-        key = [(i, name, t.shape, dtype, t.device) for i, name, t in wanted]
-        if self._copies[0] != key:
-            self._copies = key, [torch.empty(t.shape, dtype=dtype, device=t.device) for _, _, t in wanted]
-        torch._foreach_copy_(self._copies[1], [t.detach() for _, _, t in wanted])
-        for (i, name, _), copy in zip(wanted, self._copies[1], strict=True):
-            blocks[i][name] = copy
+        self._copies.grow(sizes, weights.q.device)
+        copies = self._copies.carve(sizes)
+        torch._foreach_copy_(list(copies.values()), [places[i][0][places[i][1]].detach() for i in copies])
+        for i, copy in copies.items():
+            places[i][0][places[i][1]] = copy
         made = tuple(BlockWeights(**b) for b in blocks)
-        return weights._replace(L=made[: len(weights.L)], H=made[len(weights.L) :])
+        return LoopWeights(made[: len(weights.L)], made[len(weights.L) :], head["q"], head["q_bias"])
 
     def _shape(self, weights: LoopWeights, x: Tensor, rotary, lengths, keep_before: bool) -> _Shape:
         from .kernels.hrm_step import Space
@@ -230,9 +233,12 @@ class _Shape:
 
     def graph(self, driver: str, steps: drivers.Steps, weights: LoopWeights, sizes) -> drivers.Graph:
         """The graph of `steps`, captured if there is none with these weights' addresses yet."""
+        from .kernels.launch import precision
+
         tensors = [t for block in (*weights.L, *weights.H) for t in block if t is not None]
         addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias))
-        key = driver, sizes, addresses, steps.most if driver == "graph" else None
+        # whatever a kernel was started with and no memory holds
+        key = driver, sizes, addresses, precision(self.space.qkv.dtype), steps.most if driver == "graph" else None
         if key not in self._graphs:
             self._graphs[key] = drivers.capture(driver, steps)
             while len(self._graphs) > MOST_GRAPHS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 ALIGNMENT = 256
 """Bytes; what torch's own allocator keeps to, and more than any load of a kernel wants."""
 
-Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Sizes = Mapping[Hashable, tuple[tuple[int, ...], torch.dtype]]
 """Name -> (shape, type)."""
 
 
@@ -36,9 +37,10 @@ class Scratch:
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """Tell torch that `stream` works on this memory: it is not given to others before that work is done."""
-        self._bytes.record_stream(stream)
+        if self._bytes is not None:
+            self._bytes.record_stream(stream)
 
-    def carve(self, sizes: Sizes) -> dict[str, Tensor]:
+    def carve(self, sizes: Sizes) -> dict[Hashable, Tensor]:
         """Uninitialised tensors of `sizes`, one behind the other. They overlap those of the call before."""
         found, begin = {}, 0
         for name, (shape, dtype) in sizes.items():

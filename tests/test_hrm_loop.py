@@ -210,8 +210,8 @@ def test_random_configurations_and_patterns(data):
     heads = n_kv_head * groups
     shape = dict(
         n_head=heads, n_kv_head=n_kv_head, n_embd=heads * 2 * draw(st.integers(1, 9)),
-        mlp_hidden=draw(st.integers(1, 40)), hrm_L_layers=draw(st.integers(1, 2)), hrm_H_cycles=draw(st.integers(1, 2)), bias=draw(st.booleans()),
-        use_swiglu=draw(st.booleans()),
+        mlp_hidden=draw(st.integers(1, 40)), hrm_L_layers=draw(st.integers(1, 2)),
+        hrm_H_cycles=draw(st.integers(1, 2)), bias=draw(st.booleans()), use_swiglu=draw(st.booleans()),
     )  # fmt: skip
     model = core(seed=draw(st.integers(0, 99)), **shape)
     n_rows, n_tokens = draw(st.integers(1, 3)), draw(st.integers(1, 9))

@@ -410,7 +410,8 @@ def test_halting_keeps_the_books_of_rows_that_stop_at_different_steps():
     may_halt = torch.rand(n_rows, generator=generator) < 0.7
     lengths = torch.randint(1, n_tokens + 1, (n_rows,), generator=generator)
     w, b = random(2, width, seed=1).float(), random(2, seed=2).float()
-    books = Books.blank(random(n_rows, n_tokens, width, seed=0).float())
+    sizes = Books.sizes(random(n_rows, n_tokens, width, seed=0).float())
+    books = Books(**{name: torch.empty(shape, dtype=dtype, device=DEVICE) for name, (shape, dtype) in sizes.items()})
     books.open(limit.tolist(), may_halt.tolist())
     active = [row for row in range(n_rows) if limit[row] > 0]
     executed, halted, q = [0] * n_rows, [False] * n_rows, dict.fromkeys(range(n_rows), torch.zeros(2, device=DEVICE))

@@ -50,18 +50,13 @@ class Books(NamedTuple):
     ticket: Tensor
     """[1] int32, 0 between launches."""
 
-    @classmethod
-    def blank(cls, z_H: Tensor) -> Books:
-        """Memory for the books of a batch z_H [B, T, C]. `open` fills it in."""
-        n, device = z_H.shape[0], z_H.device
-
-        def zeros(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=of, device=device)
-
-        return cls(
-            *(zeros(n), zeros(1), zeros(n), zeros(n, of=torch.int8), zeros(n), zeros(n), zeros(n, 2, of=torch.float32)),
-            *_scratch(z_H),
-        )
+    @staticmethod
+    def sizes(z_H: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Field -> (shape, type) for a batch z_H [B, T, C]. `open` fills them in."""
+        n, n_parts = z_H.shape[0], cdiv(z_H.shape[1], _positions(z_H))
+        sizes = {name: ((n,), torch.int32) for name in ("active", "executed", "limit", "may_halt")}
+        sizes |= {"n_active": ((1,), torch.int32), "ticket": ((1,), torch.int32), "halted": ((n,), torch.int8)}
+        return sizes | {"q": ((n, 2), torch.float32), "partial": ((n, n_parts, 2), torch.float32)}
 
     def open(self, limit: list[int], may_halt: list[bool]) -> None:
         """Begin with rows that have run no step; those with limit 0 are done before they start. No synchronisation."""
@@ -71,16 +66,8 @@ class Books(NamedTuple):
         fields = self.limit, self.may_halt, self.active, self.n_active
         for field, part in zip(fields, to_device(told, self.limit.device).split([n, n, n, 1]), strict=True):
             field.copy_(part)
-        for field in (self.executed, self.halted, self.q):
+        for field in (self.executed, self.halted, self.q, self.ticket):
             field.zero_()
-
-
-def _scratch(z_H: Tensor) -> tuple[Tensor, Tensor]:
-    """(partial sums, ticket)."""
-    n_rows, n_tokens, _ = z_H.shape
-    n_parts = cdiv(n_tokens, _positions(z_H))
-    partial = torch.empty((n_rows, n_parts, 2), dtype=torch.float32, device=z_H.device)
-    return partial, torch.zeros(1, dtype=torch.int32, device=z_H.device)
 
 
 def _positions(z_H: Tensor) -> int:
@@ -160,7 +147,10 @@ def _decide(
     " float halt_bias) -> ()"
 )
 def _launch(z_H, w, b, lengths, q, halt, halt_bias):
-    _start(z_H, w, b, lengths, *_scratch(z_H), q, halt, (None,) * 5, halt_bias)
+    shape, dtype = Books.sizes(z_H)["partial"]
+    partial = torch.empty(shape, dtype=dtype, device=z_H.device)
+    ticket = torch.zeros(1, dtype=torch.int32, device=z_H.device)
+    _start(z_H, w, b, lengths, partial, ticket, q, halt, (None,) * 5, halt_bias)
 
 
 def _start(z_H, w, b, lengths, partial, ticket, q, halt, books, halt_bias):

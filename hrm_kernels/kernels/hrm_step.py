@@ -43,19 +43,18 @@ def _begin(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     count = how_many(M, T, n_active_ptr, ACTIVE)
-    if tl.program_id(0) * BLOCK_M >= count:
-        return
-    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
     channel = tl.arange(0, BLOCK_C)[None, :]
-    at = place[:, None] * C + channel
-    mask = real[:, None] & (channel < C)
-    z_H = tl.load(z_H_ptr + at, mask, other=0.0)
-    z_L = tl.load(z_L_ptr + at, mask, other=0.0)
-    if KEEP_BEFORE:
-        tl.store(before_H_ptr + at, z_H, mask)
-        tl.store(before_L_ptr + at, z_L, mask)
-    tl.store(u_ptr + at, _sum(z_L, _sum(z_H, tl.load(x_ptr + at, mask, other=0.0))), mask)
+    for tile_m in range(tl.program_id(0), tl.cdiv(count, BLOCK_M), tl.num_programs(0)):
+        index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
+        at = place[:, None] * C + channel
+        mask = real[:, None] & (channel < C)
+        z_H = tl.load(z_H_ptr + at, mask, other=0.0)
+        z_L = tl.load(z_L_ptr + at, mask, other=0.0)
+        if KEEP_BEFORE:
+            tl.store(before_H_ptr + at, z_H, mask)
+            tl.store(before_L_ptr + at, z_L, mask)
+        tl.store(u_ptr + at, _sum(z_L, _sum(z_H, tl.load(x_ptr + at, mask, other=0.0))), mask)
 
 
 @triton.jit
@@ -78,39 +77,44 @@ def _add_norm(
 ):  # fmt: skip
     """y = norm(x + dropout(branch)); state = y where a level ends; next = what the next block starts from."""
     count = how_many(M, T, n_active_ptr, ACTIVE)
-    if tl.program_id(0) * BLOCK_M >= count:
-        return
-    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
     channel = tl.arange(0, BLOCK_C)[None, :]
-    at = place[:, None] * C + channel
-    mask = real[:, None] & (channel < C)
-    x = tl.load(x_ptr + at, mask, other=0.0)
-    branch = tl.load(branch_ptr + at, mask, other=0.0)
-    if DROPOUT:
-        seed = seed_of(seed_ptr, executed_ptr, active_ptr, application, applications, ACTIVE)
-        token = place.to(tl.int32)[:, None] + 0 * channel
-        random, _, _, _ = tl.philox(seed, token, channel + 0 * token, 0 * token, 0 * token)
-        kept = tl.uint_to_uniform_float(random) >= dropout_p
-        branch = tl.where(kept, branch.to(tl.float32) / (1 - dropout_p), 0.0).to(branch.dtype)
-    s = (x.to(tl.float32) + branch.to(tl.float32)).to(x.dtype).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(s * s, 1) / C + eps)
     w = tl.load(w_ptr + channel, channel < C, other=0.0).to(tl.float32)
-    y = (s * rstd[:, None] * w).to(x.dtype)
-    if THEN == 0:  # IN_BLOCK
-        tl.store(next_ptr + at, y, mask)
-    else:
-        if THEN != 1:
-            tl.store(state_ptr + at, y, mask)
-        if THEN != 4:
-            other = tl.load(other_ptr + at, mask, other=0.0)
-            if THEN == 1:  # L_AGAIN: z_L + (z_H + x)
-                following = _sum(y, _sum(other, tl.load(entry_ptr + at, mask, other=0.0)))
-            elif THEN == 2:  # L_TO_H: z_H + z_L
-                following = _sum(other, y)
-            else:  # H_TO_L: z_L + (z_H + x)
-                following = _sum(other, _sum(y, tl.load(entry_ptr + at, mask, other=0.0)))
-            tl.store(next_ptr + at, following, mask)
+    for tile_m in range(tl.program_id(0), tl.cdiv(count, BLOCK_M), tl.num_programs(0)):
+        index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
+        at = place[:, None] * C + channel
+        mask = real[:, None] & (channel < C)
+        x = tl.load(x_ptr + at, mask, other=0.0)
+        branch = tl.load(branch_ptr + at, mask, other=0.0)
+        if DROPOUT:
+            seed = seed_of(seed_ptr, executed_ptr, active_ptr, application, applications, ACTIVE)
+            token = place.to(tl.int32)[:, None] + 0 * channel
+            random, _, _, _ = tl.philox(seed, token, channel + 0 * token, 0 * token, 0 * token)
+            kept = tl.uint_to_uniform_float(random) >= dropout_p
+            branch = tl.where(kept, branch.to(tl.float32) / (1 - dropout_p), 0.0).to(branch.dtype)
+        s = (x.to(tl.float32) + branch.to(tl.float32)).to(x.dtype).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(s * s, 1) / C + eps)
+        y = (s * rstd[:, None] * w).to(x.dtype)
+        if THEN == 0:  # IN_BLOCK
+            tl.store(next_ptr + at, y, mask)
+        else:
+            if THEN != 1:
+                tl.store(state_ptr + at, y, mask)
+            if THEN != 4:
+                other = tl.load(other_ptr + at, mask, other=0.0)
+                if THEN == 1:  # L_AGAIN: z_L + (z_H + x)
+                    following = _sum(y, _sum(other, tl.load(entry_ptr + at, mask, other=0.0)))
+                elif THEN == 2:  # L_TO_H: z_H + z_L
+                    following = _sum(other, y)
+                else:  # H_TO_L: z_L + (z_H + x)
+                    following = _sum(other, _sum(y, tl.load(entry_ptr + at, mask, other=0.0)))
+                tl.store(next_ptr + at, following, mask)
+
+
+PROGRAMS = 2048
+"""Most programs of a kernel without a product: they take turns at the tiles, so that what starts for nothing where few
+rows go on does not grow with the batch. Sixteen warps for each of an H200's 132 multiprocessors, each with two tokens
+of two tensors on their way, are 57 KB in flight; 4.3 TB/s need about 20 (at 600 ns; arithmetic, not measured)."""
 
 
 class Sizes(NamedTuple):
@@ -161,7 +165,8 @@ class Space:
     @classmethod
     def of(cls, tensors: dict[str, Tensor], x: Tensor) -> Space:
         """A batch like x in memory of `sizes`."""
-        return cls(books=Books.blank(x), **tensors)
+        books = {name: tensors.pop(name) for name in Books.sizes(x)}
+        return cls(books=Books(**books), **tensors)
 
     @staticmethod
     def sizes(
@@ -178,7 +183,7 @@ class Space:
             sizes["rotary"] = tuple(rotary.shape), torch.float32
         if lengths is not None:
             sizes["lengths"] = (n_rows,), torch.int64
-        return sizes | {"seed": ((1,), torch.int64)}
+        return sizes | {"seed": ((1,), torch.int64)} | Books.sizes(x)
 
     def fill(self, x, init_H, init_L, rotary, lengths, dropout_p: float) -> None:
         """A new batch: every position of every row at the initial states [C]."""
@@ -208,7 +213,7 @@ def step(space: Space, weights: LoopWeights, sizes: Sizes) -> None:
     block_m, options = _rows_at_once(space.x)
     flat = [None if t is None else t.view(n_rows * n_tokens, -1) for t in (space.x, space.z_H, space.z_L, space.u)]
     launch(
-        _begin, (cdiv(n_rows * n_tokens, block_m),),
+        _begin, (min(cdiv(n_rows * n_tokens, block_m), PROGRAMS),),
         *flat, space.before_H, space.before_L, *which, n_rows * n_tokens, n_tokens,
         C=space.x.shape[2], KEEP_BEFORE=space.before_H is not None, **which.flags,
         BLOCK_M=block_m, BLOCK_C=power_of_2(space.x.shape[2]), **options,
@@ -263,7 +268,7 @@ def _start_add_norm(
     n_tokens, (m, c) = space.x.shape[1], x.shape
     block_m, options = _rows_at_once(space.x)
     launch(
-        _add_norm, (cdiv(m, block_m),),
+        _add_norm, (min(cdiv(m, block_m), PROGRAMS),),
         x, branch, w, following, state, other, space.x, space.seed, space.books.executed,
         *which, m, n_tokens, sizes.eps, sizes.dropout_p, *counter(),
         C=c, THEN=then, DROPOUT=sizes.dropout_p > 0, **which.flags,
