@@ -70,6 +70,8 @@ from hrm_model.training.recipes import RECIPES, TrainConfig
 
 PRODUCTS = 10
 """Large matrix products in their turn."""
+BUSY = 1.5
+"""Slowest over fastest turn from which the machine was not ours alone."""
 
 # -- times -------------------------------------------------------------------------------------------------------------
 
@@ -245,7 +247,12 @@ def print_times(summary: dict[str, Any], device: torch.device) -> None:
     columns |= {"vs published": show("speedup_vs_published", ".2f", unit="x")}
     print_table(columns, [{"name": name} | record for name, record in summary["implementations"].items()])
     for name, why in {**summary["skipped"], **summary["failed"]}.items():
-        print(f"{name}: not measured: {why}")
+        print(f"{name}: {'' if name in summary['implementations'] else 'not measured: '}{why}")
+    scatter = max(record["ms_most"] / record["ms_least"] for record in summary["implementations"].values())
+    if scatter > BUSY:
+        print(
+            f"The slowest turn took {scatter:.1f} times the fastest: something else was running, do not trust ratios."
+        )
     print(f"{share}: of {summary['matmul_ceiling_flops_per_s'] / 1e12:.3g} TFLOP/s, ", end="")
     print(f"a large {summary['dtype']} matrix product's in the same turns")
 

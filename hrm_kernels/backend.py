@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import library_attention, reference, tuning
 from .autocast import compute_dtype
@@ -44,6 +45,7 @@ OPS = (
 )
 LOOP = "hrm_loop"
 """The loop over steps is chosen like an op. Its reference is the model's own loop."""
+_IN_LOOP = ("add_rms_norm", "swiglu", "qkv_rope", "attention", "halting")
 
 LIBRARIES = {"attention": {"sdpa": library_attention.sdpa, "flash": library_attention.flash}}
 NAMES = {"attention": tuple(LIBRARIES["attention"]), LOOP: DRIVERS}
@@ -230,20 +232,27 @@ def run_rope_gqa_attention(x: Tensor, w_q, w_k, w_v, biases, rotary, n_head, n_k
     return run("attention", qkv, n_head, n_kv_head, lengths, dropout_p)
 
 
-def loop_driver(x: Tensor, weights: LoopWeights, n_head: int, n_kv_head: int) -> str | None:
+def loop_driver(x: Tensor, weights: LoopWeights, n_head: int, n_kv_head: int, why_not: str | None = None) -> str | None:
     """Who starts the steps of the loop over x on kernels, a name of drivers.py; None where the model's own loop runs.
+
+    The loop's kernels are Triton's: where another implementation was chosen for one of the ops that a step is made of,
+    and nothing for the loop itself, the model's own loop runs, with that. `why_not` is a reason of the model's.
 
     Raises:
         BackendError: kernels, or a driver, were asked for by name and cannot run; the message says why.
     """
     setting = _setting(LOOP)
-    if setting == "reference":
+    others = LOOP not in _overrides and any(_overrides.get(op, _mode) not in ("auto", "triton") for op in _IN_LOOP)
+    if setting == "reference" or others or forward_ad._current_level >= 0:
         return None
-    kernel, reason = _kernel(LOOP, "triton" if setting in DRIVERS else setting, (x, weights, n_head, n_kv_head))
+    kernel, reason = None, why_not
+    if reason is None:
+        mode = "triton" if setting in DRIVERS else setting
+        kernel, reason = _kernel(LOOP, mode, (x, weights, n_head, n_kv_head))
     if kernel is None:
         if setting == "auto":
             return None
-        raise BackendError(_asked_for(LOOP, setting, reason))
+        raise BackendError(_asked_for(LOOP, setting, f"{reason} (hrm_loop=reference: the model's own loop)"))
     return _driver(setting, x.device)
 
 
@@ -272,7 +281,7 @@ def _say_once(message: str) -> None:
 
 def describe(device: torch.device) -> dict[str, str]:
     """Op name -> implementation, as it would be chosen on `device` for inputs that the kernels cover; of the loop, who
-    starts its steps. For run headers and bug reports."""
+    starts its steps (to know which, the first time on a GPU csrc/ is compiled). For run headers and bug reports."""
     names = {}
     for op in (*OPS, LOOP):
         name = _setting(op)

@@ -137,29 +137,64 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, reduction: str) 
     same_device(x, w=w, targets=targets)
 
 
-def hrm_loop(weights, x: Tensor, init_H, init_L, rotary, lengths, limit, may_halt, dropout_p: float) -> None:
+def hrm_loop(
+    weights, x: Tensor, init_H, init_L, rotary, lengths, limit, may_halt, halt_bias: float, dropout_p: float,
+    n_head: int, n_kv_head: int,
+) -> None:  # fmt: skip
     """HRMLoop.run."""
     rank("x", x, "B T C")
     n_rows, n_tokens, c = x.shape
     if n_rows == 0 or n_tokens == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; give at least one row of at least one position")
-    if not weights.L or not weights.H:
-        raise ValueError("a level has no blocks; give at least one to each")
+    if x.dtype.itemsize > 4 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; the loop's kernels take float32, bfloat16 and float16")
     for name, t in (("init_H", init_H), ("init_L", init_L)):
         shape(name, t, (c,), f"with {c} channels in x")
-    shape("weights.q", weights.q, (2, c), f"with {c} channels in x")
+    halting(x, weights.q, weights.q_bias, None)
+    loop_blocks(weights, c, n_head, n_kv_head)
     if rotary is not None:
         per_row = (n_rows,) if rotary.dim() == 4 else ()
-        shape("rotary", rotary, (*per_row, n_tokens, rotary.shape[-2] if rotary.dim() > 2 else 0, 2), "for this x")
+        head_dim = weights.L[0].q.shape[0] // n_head
+        shape("rotary", rotary, (*per_row, n_tokens, head_dim // 2, 2), "for this x and these weights")
     for name, given in (("limit", limit), ("may_halt", may_halt)):
         if len(given) != n_rows:
             raise ValueError(f"{name} has {len(given)} entries for {n_rows} rows; give one for each")
-    if min(limit) < 0:
-        raise ValueError(f"limit {min(limit)} is below 0; it is the number of steps a row may run")
+    for n in (min(limit), max(limit)):
+        if not 0 <= n < 2**31:
+            raise ValueError(f"limit {n} is outside 0..{2**31 - 1}; it is the number of steps a row may run")
+    if halt_bias != halt_bias:
+        raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
     options(x, lengths, dropout_p)
     if lengths is not None and lengths.device.type == "cpu" and (lengths.min() < 1 or lengths.max() > n_tokens):
         raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
-    same_device(x, init_H=init_H, init_L=init_L, rotary=rotary, q=weights.q, w=weights.L[0].q)
+    same_device(x, init_H=init_H, init_L=init_L, rotary=rotary, w=weights.L[0].q)
+
+
+def loop_blocks(weights, c: int, n_head: int, n_kv_head: int) -> None:
+    """Blocks of HRMLoop.run, all of one shape: a kernel that reads beyond a tensor's end says nothing."""
+    if not weights.L or not weights.H:
+        raise ValueError("a level has no blocks; give at least one to each")
+    heads(n_head, n_kv_head)
+    first = weights.L[0]
+    wide, hidden = first.q.shape[0], first.up.shape[0]
+    if wide == 0 or wide % n_head:
+        raise ValueError(f"q makes {wide} channels, no multiple of {n_head} heads")
+    narrow = wide // n_head * n_kv_head
+    expected = {"norm_1": (c,), "q": (wide, c), "k": (narrow, c), "v": (narrow, c), "o": (c, wide), "norm_2": (c,)}
+    expected |= {"gate": (hidden, c), "up": (hidden, c), "down": (c, hidden)}
+    if first.gate is None:
+        del expected["gate"]
+    if first.q_bias is not None:
+        expected |= {f"{name}_bias": size[:1] for name, size in expected.items() if not name.startswith("norm")}
+    for block in (*weights.L, *weights.H):
+        for name, t in block._asdict().items():
+            if (t is None) != (name not in expected):
+                raise ValueError(
+                    f"a block's {name} is {'missing' if t is None else 'given'}; other weights are otherwise"
+                )
+            if t is not None and tuple(t.shape) != expected[name]:
+                because = f"with {c} channels, {n_head} and {n_kv_head} heads, and the first block's q and up,"
+                raise ValueError(f"a block's {name} has shape {tuple(t.shape)}; {because} it must be {expected[name]}")
 
 
 def halting(z_H: Tensor, w: Tensor, b: Tensor, lengths: Tensor | None) -> None:

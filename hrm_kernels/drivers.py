@@ -56,7 +56,7 @@ def host(steps: Steps) -> None:
 
 
 def _one_late(steps: Steps) -> None:
-    left = torch.empty(steps.most, dtype=torch.int32, pin_memory=True)
+    left = torch.empty(steps.most, dtype=torch.int32, device="cpu", pin_memory=True)
     copied = []
     for i in range(steps.most):
         steps.step()
@@ -82,9 +82,10 @@ def capture(driver: str, steps: Steps) -> Graph:
 
 class _AllSteps:
     def __init__(self, steps: Steps):
-        self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile is not our capture's business
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        self._graph, device = torch.cuda.CUDAGraph(), steps.n_active.device
+        # A stream of its own: torch's for captures is on whichever device was current when it was first wanted.
+        # thread_local: what other threads do meanwhile is not our capture's business.
+        with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
             for _ in range(steps.most):
                 steps.step()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -108,14 +109,16 @@ class HRMLoop:
             self._shapes: OrderedDict[tuple, _Shape] = OrderedDict()
             self._done: torch.cuda.Event | None = None
 
-    def driver(self, weights: LoopWeights, x: Tensor) -> str | None:
+    def driver(self, weights: LoopWeights | None, x: Tensor, why_not: str | None = None) -> str | None:
         """Who would start the steps over x, a name of drivers.py; None where the model's own loop is to run.
+        `why_not` is a reason of the caller's against kernels, for which it may have no weights to show.
 
         Raises:
             BackendError: kernels, or a driver, were asked for by name and cannot run; the message says why.
         """
-        return backend.loop_driver(x, weights, *self._arguments[:2])
+        return backend.loop_driver(x, weights, *self._arguments[:2], why_not)
 
+    @torch._disable_dynamo  # torch.compiler.disable would import Triton with this module
     def run(
         self,
         weights: LoopWeights,
@@ -147,8 +150,14 @@ class HRMLoop:
         Raises:
             ValueError: an argument of the wrong shape or out of range, before anything is launched.
         """
-        checks.hrm_loop(weights, x, init_H, init_L, rotary, lengths, limit, may_halt, dropout_p)
-        from .kernels.hrm_step import Sizes, step
+        checks.hrm_loop(
+            weights, x, init_H, init_L, rotary, lengths, limit, may_halt, halt_bias, dropout_p, *self._arguments[:2]
+        )
+        if driver not in drivers.DRIVERS:
+            raise ValueError(f"driver {driver!r} is none of {', '.join(drivers.DRIVERS)}")
+        if max(limit) == 0:
+            return _at_the_start(x, init_H, init_L)
+        from .kernels.hrm_step import Sizes
 
         sizes = Sizes(*self._arguments, halt_bias, dropout_p)
         keep_before = keep_before and any(may_halt)  # a row that ends at its limit has run only what it was to run
@@ -156,33 +165,43 @@ class HRMLoop:
         with self._lock, torch.inference_mode(False), torch.no_grad():  # the former switches gradients on
             if self._done is not None and x.is_cuda:  # the last call may have been on another stream
                 torch.cuda.current_stream(x.device).wait_event(self._done)
-            weights = self._in_one_type(weights, compute_dtype(x))
-            shape = self._shape(weights, x, rotary, lengths, keep_before)
-            space = shape.space
-            space.fill(x, init_H, init_L, rotary, lengths, dropout_p)
-            books = space.books
-            steps = drivers.Steps(lambda: step(space, weights, sizes), books.n_active, max(limit), any(may_halt))
-            if driver == "host" or steps.most == 0:
-                books.open(limit, may_halt)
-                drivers.host(steps)
-            else:
-                graph = shape.graph(driver, steps, weights, sizes)
-                books.open(limit, may_halt)
-                graph.run()
-            halted = books.halted.bool()
-            z_H, z_L = space.z_H, space.z_L
-            if keep_before:
-                decided = halted[:, None, None]
-                z_H, z_L = torch.where(decided, space.before_H, z_H), torch.where(decided, space.before_L, z_L)
-            else:
-                z_H, z_L = z_H.clone(), z_L.clone()
-            result = LoopResult(z_H, z_L, books.q.clone(), books.executed.long(), halted)
-            if x.is_cuda:
-                stream = torch.cuda.current_stream(x.device)
-                self._scratch.used_on(stream)
-                self._copies.used_on(stream)
-                self._done = stream.record_event()
-        return result
+            try:
+                return self._run(
+                    weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver
+                )
+            finally:
+                if x.is_cuda:
+                    stream = torch.cuda.current_stream(x.device)
+                    self._scratch.used_on(stream)
+                    self._copies.used_on(stream)
+                    self._done = stream.record_event()
+
+    def _run(
+        self, weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver
+    ) -> LoopResult:
+        from .kernels.hrm_step import step
+
+        weights = self._in_one_type(weights, compute_dtype(x))
+        shape = self._shape(weights, x, rotary, lengths, keep_before)
+        space = shape.space
+        space.fill(x, init_H, init_L, rotary, lengths, sizes.dropout_p)
+        books = space.books
+        steps = drivers.Steps(lambda: step(space, weights, sizes), books.n_active, max(limit), any(may_halt))
+        if driver == "host":
+            books.open(limit, may_halt)
+            drivers.host(steps)
+        else:
+            graph = shape.graph(driver, steps, weights, sizes)
+            books.open(limit, may_halt)
+            graph.run()
+        halted = books.halted.bool()
+        z_H, z_L = space.z_H, space.z_L
+        if keep_before:
+            decided = halted[:, None, None]
+            z_H, z_L = torch.where(decided, space.before_H, z_H), torch.where(decided, space.before_L, z_L)
+        else:
+            z_H, z_L = z_H.clone(), z_L.clone()
+        return LoopResult(z_H, z_L, books.q.clone(), books.executed.long(), halted)
 
     def _in_one_type(self, weights: LoopWeights, dtype: torch.dtype) -> LoopWeights:
         """`weights` dense, matrices and biases in `dtype`: the parameters themselves where they are so, else copies,
@@ -193,12 +212,13 @@ class HRMLoop:
         sizes = {}
         for i, (owner, name) in enumerate(places):
             t = owner[name]
-            wanted = t.dtype if name.startswith("norm") or owner is head else dtype
+            wanted = t.dtype if name in ("norm_1", "norm_2") or owner is head else dtype
             if t.dtype != wanted or not t.is_contiguous():
                 sizes[i] = tuple(t.shape), wanted
         if not sizes:
             return weights
-        self._copies.grow(sizes, weights.q.device)
+        if not self._copies.has_room(sizes, weights.q.device):
+            self._copies.grow(sizes, weights.q.device)
         copies = self._copies.carve(sizes)
         torch._foreach_copy_(list(copies.values()), [places[i][0][places[i][1]].detach() for i in copies])
         for i, copy in copies.items():
@@ -210,18 +230,26 @@ class HRMLoop:
         from .kernels.hrm_step import Space
 
         block = weights.L[0]
-        dtype, width, hidden = block.up.dtype, block.q.shape[0] + 2 * block.k.shape[0], block.up.shape[0]
-        given = [None if t is None else t.shape for t in (x, rotary, lengths)]
-        key = (*given, x.dtype, x.device, dtype, width, hidden, keep_before, tuning.overrides())
+        given = [None if t is None else t.shape for t in (x, rotary, lengths, block.q, block.k, block.up)]
+        key = (*given, x.dtype, x.device, block.up.dtype, keep_before, tuning.overrides())
         if key not in self._shapes:
-            sizes = Space.sizes(x, dtype, width, hidden, rotary, lengths, keep_before)
-            if self._scratch.grow(sizes, x.device):
-                self._shapes.clear()  # graphs hold addresses
+            sizes = Space.sizes(x, block.up.dtype, block, rotary, lengths, keep_before)
+            if not self._scratch.has_room(sizes, x.device):
+                self._shapes.clear()  # graphs hold addresses, and views hold memory
+                self._scratch.grow(sizes, x.device)
             self._shapes[key] = _Shape(Space.of(self._scratch.carve(sizes), x))
         self._shapes.move_to_end(key)
         while len(self._shapes) > MOST_SHAPES:
             self._shapes.popitem(last=False)
         return self._shapes[key]
+
+
+def _at_the_start(x: Tensor, init_H: Tensor, init_L: Tensor) -> LoopResult:
+    """The result of no step at all."""
+    n = x.shape[0]
+    z_H, z_L = (init.detach().to(x.dtype).expand_as(x).clone() for init in (init_H, init_L))
+    q = torch.zeros((n, 2), dtype=torch.float32, device=x.device)
+    return LoopResult(z_H, z_L, q, *(torch.zeros(n, dtype=of, device=x.device) for of in (torch.int64, torch.bool)))
 
 
 class _Shape:
@@ -233,12 +261,15 @@ class _Shape:
 
     def graph(self, driver: str, steps: drivers.Steps, weights: LoopWeights, sizes) -> drivers.Graph:
         """The graph of `steps`, captured if there is none with these weights' addresses yet."""
-        from .kernels.launch import precision
+        from .kernels.launch import power_of_2, precision
 
         tensors = [t for block in (*weights.L, *weights.H) for t in block if t is not None]
         addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias))
         # whatever a kernel was started with and no memory holds
-        key = driver, sizes, addresses, precision(self.space.qkv.dtype), steps.most if driver == "graph" else None
+        if driver == "graph":  # so that calls of changing depth share one
+            steps = replace(steps, most=power_of_2(steps.most))
+        most = steps.most if driver == "graph" else None
+        key = driver, sizes, addresses, precision(self.space.qkv.dtype), most
         if key not in self._graphs:
             self._graphs[key] = drivers.capture(driver, steps)
             while len(self._graphs) > MOST_GRAPHS:

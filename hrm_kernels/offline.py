@@ -107,7 +107,7 @@ def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) 
             *([] if dtype == torch.float32 else [(wide, plain, None, 0.0)]),  # autocast
         ):
             keep_before = dropout_p > 0  # as in training
-            needs = Space.sizes(start, dtype, (h + 2 * k) * d, f, rotary, real, keep_before)
+            needs = Space.sizes(start, dtype, block, rotary, real, keep_before)
             space = Space.of({name: tensor(*size, of=of) for name, (size, of) in needs.items()}, start)
             # two cycles each: everything that can follow the end of a level
             step(space, LoopWeights((block,), (block,), *head), Sizes(h, k, 2, 2, 1e-5, 0.35, dropout_p))

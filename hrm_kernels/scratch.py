@@ -26,14 +26,17 @@ class Scratch:
         """Bytes held."""
         return 0 if self._bytes is None else self._bytes.numel()
 
-    def grow(self, sizes: Sizes, device: torch.device) -> bool:
-        """Make room for `sizes` on `device`. True if that moved the memory: addresses handed out before are void."""
-        needed = sum(_padded(*size) for size in sizes.values())
-        if self._bytes is not None and self._bytes.device == device and self.nbytes >= needed:
-            return False
-        self._bytes = None  # before the new one is asked for, so that they never exist together
+    def has_room(self, sizes: Sizes, device: torch.device) -> bool:
+        """Whether `sizes` can be carved without growing."""
+        return self._bytes is not None and self._bytes.device == device and self.nbytes >= _needed(sizes)
+
+    def grow(self, sizes: Sizes, device: torch.device) -> None:
+        """Make room for `sizes` on `device`. What was handed out before is to be dropped beforehand: it would keep the
+        old memory beside the new. From the second time on it grows by half at least: a text that gets longer token by
+        token would else move it with every token."""
+        needed = max(_needed(sizes), self.nbytes * 3 // 2)
+        self._bytes = None
         self._bytes = torch.empty(needed, dtype=torch.uint8, device=device)
-        return True
 
     def used_on(self, stream: torch.cuda.Stream) -> None:
         """Tell torch that `stream` works on this memory: it is not given to others before that work is done."""
@@ -48,6 +51,10 @@ class Scratch:
             found[name] = self._bytes[begin : begin + n].view(dtype).view(shape)
             begin += _padded(shape, dtype)
         return found
+
+
+def _needed(sizes: Sizes) -> int:
+    return sum(_padded(*size) for size in sizes.values())
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:

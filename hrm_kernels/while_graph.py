@@ -226,7 +226,7 @@ class WhileGraph:
     `body` is called once, here, and what it launches on the current stream is recorded, not run. So it
       - brings n_active to 0 after finitely many runs, or the GPU never finishes;
       - has run before with the same shapes: kernels must not be compiled, loaded or timed while they are recorded;
-      - works in place on tensors that stay where they are (those it refers to are kept alive) and allocates nothing;
+      - works in place on tensors that stay where they are for as long as the graph is run, and allocates nothing;
       - launches kernels, copies and memsets only, and never waits for the device (.item(), printing a tensor).
 
     `close()` frees the graph, which otherwise goes with the object; a run under way is finished first.
@@ -251,7 +251,7 @@ class WhileGraph:
         self._library = _library()
         stream, loop = torch.cuda.Stream(self._device), c_void_p()
         with torch.cuda.stream(stream):  # makes its device current, too
-            self._kept = body, n_active
+            self._kept = n_active
             self._check(self._library.hrm_while_open(n_active.data_ptr(), stream.cuda_stream, ctypes.byref(loop)))
             self._loop = loop.value
             # A finalizer runs once, and at exit before torch is taken apart.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import ReasoningBlock
+from .blocks import Attention, GeluMLP, ReasoningBlock, RMSNorm, SwiGLU
 from .config import HRMConfig
 from .host_loop import Batch, host_loop, published_gradient
 
@@ -142,8 +142,9 @@ class HRMCore(nn.Module):
         """
         batch = batch.one_less() if before_last else batch
         with torch.no_grad():
-            weights = self.weights()
-            driver = self._kernels.driver(weights, batch.x)
+            why_not = self._why_not_plain()
+            weights = self.weights() if why_not is None else None
+            driver = self._kernels.driver(weights, batch.x, why_not)
             if driver is None:
                 return host_loop(self, batch, before_last)
             return self._kernels.run(
@@ -155,7 +156,7 @@ class HRMCore(nn.Module):
     def replay(self, batch: Batch, found: ops.LoopResult) -> CoreOutput:
         """Each row's last step with gradient: once more where it halted in the loop, for the first time elsewhere. No
         synchronisation."""
-        told = torch.tensor([batch.limit, batch.may_halt], dtype=torch.int64)
+        told = torch.tensor([batch.limit, batch.may_halt], dtype=torch.int64, device="cpu")
         limit, may_halt = ops.to_device(told, batch.x.device)
         executed = torch.where(found.halted, found.executed, limit)
         # Rows whose last step is the first start from the parameters themselves, which so get their gradient.
@@ -165,15 +166,31 @@ class HRMCore(nn.Module):
         z_H, z_L = self.step(batch.x, z_H, z_L, batch.rotary, batch.lengths)
         with torch.no_grad():
             q, halt = self.q_values(z_H, batch.halt_bias, batch.lengths)
-            # what a row decided in the loop stays: the replay's arithmetic may differ in the last bit
+            # what a row decided in the loop stays: the replay may round elsewhere
             q = torch.where(found.halted[:, None], found.q, q)
             halted = found.halted | (halt & may_halt.bool())
         return CoreOutput(z_H, q, executed, halted, _row_steps(found.executed, len(executed)))
+
+    def _why_not_plain(self) -> str | None:
+        """The loop's kernels see parameters, not modules: the reason if that would leave something out, else None."""
+        for name, module in self.named_modules():
+            if type(module) not in _PLAIN:
+                return f"{name} is a {type(module).__name__}, which the loop's kernels do not know"
+            if module is not self and (module._forward_hooks or module._forward_pre_hooks):
+                return f"{name} has a forward hook, which the loop's kernels would not call"
+        return None
+
+    def _apply(self, fn, recurse=True):
+        self._kernels.release()  # parameters are about to move, or to change their type
+        return super()._apply(fn, recurse)
 
     def weights(self) -> ops.LoopWeights:
         """The parameters, as the loop's kernels want them."""
         levels = (tuple(layer.weights() for layer in level.layers) for level in (self.L_level, self.H_level))
         return ops.LoopWeights(*levels, self.q_head.weight, self.q_head.bias)
+
+
+_PLAIN = {HRMCore, Level, ReasoningBlock, Attention, SwiGLU, GeluMLP, RMSNorm, nn.Linear, nn.ModuleList}
 
 
 def _row_steps(executed: Tensor, replayed: int) -> Tensor:

@@ -25,7 +25,7 @@ class Batch:
     x: Tensor
     """[B, T, C] output of the input blocks."""
     rotary: Tensor | None
-    """As in hrm_kernels."""
+    """float32 [T, D/2, 2], the same for every row."""
     lengths: Tensor | None
     """[B] int64."""
     limit: list[int]

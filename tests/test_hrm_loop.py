@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -143,9 +145,7 @@ def test_every_step_gives_the_references_states(shape, dtype):
 def laid_out(core: HRMCore, x: Tensor, b: Batch, keep_before: bool = False) -> tuple[Space, ops.LoopWeights, Sizes]:
     """Memory for single steps, full of nan, and what a step needs besides."""
     weights, c = core.weights(), core.config
-    block = weights.L[0]
-    width = block.q.shape[0] + 2 * block.k.shape[0]
-    needs = Space.sizes(x, block.up.dtype, width, block.up.shape[0], b.rotary, b.lengths, keep_before)
+    needs = Space.sizes(x, weights.L[0].up.dtype, weights.L[0], b.rotary, b.lengths, keep_before)
     scratch = Scratch()
     scratch.grow(needs, x.device)
     scratch._bytes.fill_(0xFF)
@@ -366,6 +366,31 @@ def test_scratch_memory_is_allocated_once_and_shared_by_shapes():
     assert_same(in_kernels(model, batch(model, 2, 5)), expected[2, 5])
 
 
+def test_memory_that_grows_is_given_back_before_more_is_asked_for(monkeypatch):
+    model, moved, grow = core(), [], Scratch.grow
+
+    def watched(self, sizes, device):
+        old = None if self._bytes is None else weakref.ref(self._bytes.untyped_storage())
+        gc.collect()  # the interpreter leaves cycles behind that hold a kernel's arguments
+        grow(self, sizes, device)
+        moved.append(old is None or old() is None)
+
+    monkeypatch.setattr(Scratch, "grow", watched)
+    for tokens in range(2, 9):
+        in_kernels(model, batch(model, 1, tokens, limit=[1]))
+    assert all(moved) and 1 < len(moved) < 5, "not with every token that comes"
+
+
+def test_strided_parameters_are_made_dense():
+    model = core(bias=True)
+    expected = in_kernels(model, batch(model, 2, 5))
+    for p in (*model.L_level.parameters(), *model.q_head.parameters()):
+        strided = torch.stack([p.detach(), torch.full_like(p, float("nan"))], -1)[..., 0]
+        assert not strided.is_contiguous()
+        p.data = strided
+    assert_same(in_kernels(model, batch(model, 2, 5)), expected)
+
+
 def test_results_are_the_callers_own():
     model = core()
     first = in_kernels(model, batch(model, 2, 5, seed=1))
@@ -440,6 +465,55 @@ def test_the_loop_is_chosen_like_an_op(monkeypatch):
     assert ops.describe(torch.device("cpu"))["hrm_loop"] == "reference"
 
 
+def test_another_implementation_of_an_op_that_a_step_is_made_of_is_not_overruled(monkeypatch):
+    model = language_model().eval()
+    ran = []
+    monkeypatch.setattr(ops.HRMLoop, "run", lambda *a, **k: ran.append(k["driver"]))
+    with torch.no_grad(), ops.use_backend("triton", attention="sdpa"):
+        model(IDS)
+    with torch.no_grad(), ops.use_backend("triton", swiglu="reference"):
+        model(IDS)
+    assert not ran
+
+
+def test_what_is_attached_to_modules_is_not_left_out():
+    """A hook, or a module of another kind: the model's own loop runs, or kernels by name are an error that says so."""
+    for attach in (
+        lambda core: core.L_level.layers[0].mlp.down.register_forward_hook(lambda m, args, out: out * 1.5),
+        lambda core: setattr(
+            core.H_level.layers[0].attn, "c_proj", torch.nn.Sequential(core.H_level.layers[0].attn.c_proj)
+        ),
+    ):
+        model = language_model().eval()
+        attach(model.hrm_core)
+        with torch.no_grad(), ops.use_backend("reference"):
+            expected = model(IDS).logits
+        with torch.no_grad(), ops.use_backend("triton", hrm_loop="reference"):
+            assert torch.allclose(model(IDS).logits, expected, atol=1e-5)
+        with torch.no_grad(), ops.use_backend("triton"), pytest.raises(ops.BackendError, match=r"hrm_loop=reference"):
+            model(IDS)
+
+
+def test_under_torch_compile_the_loop_is_called_as_it_is():
+    torch.compiler.reset()
+    model = language_model().eval()
+    with torch.no_grad(), ops.use_backend("triton"):
+        expected = model(IDS, force_steps=2).logits
+        assert torch.equal(torch.compile(model, backend="eager")(IDS, force_steps=2).logits, expected)
+
+
+def test_where_the_device_cannot_drive_the_host_does_and_says_so(monkeypatch):
+    from hrm_kernels import backend, while_graph
+
+    monkeypatch.setattr(while_graph, "why_not", lambda device: "nvcc is nowhere")
+    backend._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="the host starts the steps of the HRM loop, not the device: nvcc is nowhere"):
+        assert backend._driver("auto", torch.device("cuda")) == "host"
+    assert backend._driver("graph", torch.device("cuda")) == "graph"
+    with pytest.raises(ops.BackendError, match="hrm_loop=while was asked for, but nvcc is nowhere; use hrm_loop=host"):
+        backend._driver("while", torch.device("cuda"))
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="for where there is no GPU")
 @pytest.mark.parametrize("driver", ["graph", "while"])
 def test_a_driver_that_was_asked_for_by_name_and_cannot_run_is_an_error(driver):
@@ -490,8 +564,12 @@ WRONG = {
     "lengths of another batch": (dict(lengths=torch.tensor([5, 5, 5])), "lengths has shape (3,); one for each row, it"),
     "a limit too few": (dict(limit=[2]), "limit has 1 entries for 2 rows"),
     "a mask too long": (dict(may_halt=[True] * 3), "may_halt has 3 entries for 2 rows"),
-    "a limit below 0": (dict(limit=[2, -1]), "limit -1 is below 0"),
-    "another table": (dict(rotary=torch.zeros(4, 4, 2)), "rotary has shape (4, 4, 2); for this x it must be (5, 4, 2)"),
+    "a limit below 0": (dict(limit=[2, -1]), "limit -1 is outside 0..2147483647"),
+    "another table": (
+        dict(rotary=torch.zeros(4, 4, 2)),
+        "rotary has shape (4, 4, 2); for this x and these weights it must be (5, 4, 2)",
+    ),
+    "a bias that is no number": (dict(halt_bias=float("nan")), "halt_bias is nan"),
     "no rows": (dict(x=torch.zeros(0, 5, 16), limit=[], may_halt=[]), "x has shape (0, 5, 16); give at least one row"),
 }
 
@@ -503,6 +581,25 @@ def test_bad_input_is_one_clear_error_before_anything_is_launched(wrong, message
     wrong = {name: t.to(DEVICE) if isinstance(t, Tensor) and name != "lengths" else t for name, t in wrong.items()}
     with pytest.raises(ValueError, match=re.escape(message)), record() as launches:
         in_kernels(model, replace(b, **wrong))
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    "name, size", [("o", (12, 16)), ("down", (16, 3)), ("norm_1", (8,)), ("q_bias", (1,)), ("v", (8, 4))]
+)
+def test_weights_that_do_not_fit_are_refused(name, size):
+    """A kernel would read beyond their end, or write beyond another's, without a word."""
+    model = core(bias=True)
+    good = model.weights()
+    weights = good._replace(H=(good.H[0]._replace(**{name: torch.zeros(size, device=DEVICE)}),))
+    b = batch(model, 2, 5)
+    arguments = b.x, model.H_init, model.L_init, b.rotary, None, b.limit, b.may_halt
+    with record() as launches, pytest.raises(ValueError, match=f"a block's {name} has shape {re.escape(str(size))}"):
+        model._kernels.run(weights, *arguments)
+    with pytest.raises(ValueError, match="a block's k_bias is missing"):
+        model._kernels.run(good._replace(L=(good.L[0]._replace(k_bias=None),)), *arguments)
+    with pytest.raises(ValueError, match="driver 'device' is none of host, graph, while"):
+        model._kernels.run(good, *arguments, driver="device")
     assert not launches
 
 
@@ -531,7 +628,7 @@ def test_a_step_of_the_base_model_starts_170_kernels():
         model = HRMCore(c)
         x, rotary = torch.empty(2, 8, c.n_embd), torch.empty(8, c.head_dim // 2, 2)
         weights = model.weights()
-        needs = Space.sizes(x, torch.float32, c.n_embd * 2, c.hidden, rotary, None, False)
+        needs = Space.sizes(x, torch.float32, weights.L[0], rotary, None, False)
         space = Space.of({name: torch.empty(shape, dtype=of) for name, (shape, of) in needs.items()}, x)
     with record() as launches:
         step(space, weights, Sizes(c.n_head, c.kv_heads, c.hrm_H_cycles, c.hrm_L_cycles, c.eps, 0.0, 0.0))

@@ -110,6 +110,10 @@ def _hrm_loop(x, weights, n_head, n_kv_head):
     for block in blocks:
         if reason := _one_dtype(block[-7:]):
             return reason
+    if not in_autocast(x):
+        for name, t in tensors.items():
+            if t is not None and "norm" not in name and t.dtype != x.dtype:
+                return f"{name} is {t.dtype} and x is {x.dtype}; convert one, or use autocast"
     head = _head_dim(blocks[0].q.shape[0] // n_head)
     return head or _halting(x, weights.q, weights.q_bias, 0.0, None) or _dtype(x=x, **tensors)
 

@@ -62,7 +62,8 @@ class Books(NamedTuple):
         """Begin with rows that have run no step; those with limit 0 are done before they start. No synchronisation."""
         n = len(limit)
         rows = [row for row in range(n) if limit[row] > 0]
-        told = torch.tensor([*limit, *map(int, may_halt), *rows, *[0] * (n - len(rows)), len(rows)], dtype=torch.int32)
+        told = [*limit, *map(int, may_halt), *rows, *[0] * (n - len(rows)), len(rows)]
+        told = torch.tensor(told, dtype=torch.int32, device="cpu")
         fields = self.limit, self.may_halt, self.active, self.n_active
         for field, part in zip(fields, to_device(told, self.limit.device).split([n, n, n, 1]), strict=True):
             field.copy_(part)

@@ -170,14 +170,16 @@ class Space:
 
     @staticmethod
     def sizes(
-        x: Tensor, dtype: torch.dtype, qkv_width: int, hidden: int, rotary: Tensor | None, lengths: Tensor | None,
+        x: Tensor, dtype: torch.dtype, block: BlockWeights, rotary: Tensor | None, lengths: Tensor | None,
         keep_before: bool,
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:  # fmt: skip
         """Field -> (shape, type) of what a batch like x needs; `dtype` is what products compute in."""
         n_rows, n_tokens, c = x.shape
+        heads, hidden = block.q.shape[0], block.up.shape[0]
+        qkv_width = heads + 2 * block.k.shape[0]
         names = ["x", "z_H", "z_L", "u", "v", *(("before_H", "before_L") if keep_before else ())]
         sizes = {name: ((n_rows, n_tokens, c), x.dtype) for name in names}
-        widths = {"qkv": qkv_width, "heads": c, "branch": c, "hidden": hidden}
+        widths = {"qkv": qkv_width, "heads": heads, "branch": c, "hidden": hidden}
         sizes |= {name: ((n_rows, n_tokens, width), dtype) for name, width in widths.items()}
         if rotary is not None:
             sizes["rotary"] = tuple(rotary.shape), torch.float32
