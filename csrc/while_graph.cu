@@ -95,6 +95,31 @@ cudaError_t begin(Loop& loop) {
     return cudaSuccess;
 }
 
+// The condition as the body's last node; then the loop is whole.
+cudaError_t finish(Loop& loop) {
+    void* args[] = {&loop.condition, &loop.n_active};
+    // Not <<<>>>: its error would have to be fetched from cudaGetLastError, which may be someone else's.
+    TRY(cudaLaunchKernel(reinterpret_cast<const void*>(set_condition), dim3(1), dim3(1), args, 0, loop.stream));
+    cudaGraph_t body;
+    loop.capturing = false;
+    TRY(cudaStreamEndCapture(loop.stream, &body));
+    return cudaGraphInstantiate(&loop.exec, loop.graph, 0);
+}
+
+// A loop of nothing, made and not run.
+cudaError_t try_loop(const int32_t* n_active) {
+    cudaStream_t stream;
+    TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaError_t code;
+    {
+        Loop loop(n_active, stream);
+        code = begin(loop);
+        if (!code) code = finish(loop);
+    }
+    cudaStreamDestroy(stream);
+    return code;
+}
+
 }  // namespace
 
 extern "C" {
@@ -110,12 +135,18 @@ int hrm_while_driver_version(void) {
 const char* hrm_while_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 // Whether the current device can run loops. Asking for the kernel's attributes also loads it, which must not happen for
-// the first time while a stream is captured, and fails where the library holds no code for the device.
+// the first time while a stream is captured, and fails where the library holds no code for the device. Then a loop of
+// nothing is made, so that whatever refuses one (a driver, a tool that listens in) does so here.
 int hrm_while_probe(void) {
     cudaFuncAttributes found;
     TRY(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(set_condition)));
     // An older driver of the same major version loads this library and lacks the functions it calls.
-    return hrm_while_driver_version() < kOldestDriver ? cudaErrorCallRequiresNewerDriver : cudaSuccess;
+    if (hrm_while_driver_version() < kOldestDriver) return cudaErrorCallRequiresNewerDriver;
+    int32_t* n_active;
+    TRY(cudaMalloc(&n_active, sizeof *n_active));
+    const cudaError_t code = try_loop(n_active);
+    cudaFree(n_active);
+    return code;
 }
 
 // Makes a loop over *n_active and begins to capture `stream`, which must not be the legacy default stream. After a
@@ -142,16 +173,7 @@ int hrm_while_open(const int32_t* n_active, void* stream, void** loop) {
 
 // Ends the body with the kernel that sets the condition and makes the loop ready to run. On the thread that opened it;
 // after a failure the loop can only be freed.
-int hrm_while_close(void* loop) {
-    Loop& it = *static_cast<Loop*>(loop);
-    void* args[] = {&it.condition, &it.n_active};
-    // Not <<<>>>: its error would have to be fetched from cudaGetLastError, which may be someone else's.
-    TRY(cudaLaunchKernel(reinterpret_cast<const void*>(set_condition), dim3(1), dim3(1), args, 0, it.stream));
-    cudaGraph_t body;
-    it.capturing = false;
-    TRY(cudaStreamEndCapture(it.stream, &body));
-    return cudaGraphInstantiate(&it.exec, it.graph, 0);
-}
+int hrm_while_close(void* loop) { return finish(*static_cast<Loop*>(loop)); }
 
 // Launches a closed loop on `stream`, behind what is there and behind its own earlier runs.
 int hrm_while_run(void* loop, void* stream) {

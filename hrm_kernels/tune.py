@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,6 +46,9 @@ swiglu         swiglu.forward         float32  any   32,64,128   32,64          
 qkv            qkv_rope.project       half     64    16,32       32,64,128             64,128  4       3,4,5
 qkv            qkv_rope.project       half     any   64,128,256  64,128                64      4,8     3,4
 qkv            qkv_rope.project       float32  any   32,64,128   32,64                 32      4,8     2,3
+linear         linear.linear          half     64    16,32       16,32,64              64,128  4       3,4,5
+linear         linear.linear          half     any   64,128,256  64,128                64      4,8     3,4
+linear         linear.linear          float32  any   32,64,128   32,64                 32      4,8     2,3
 attention      attention.forward      half     64    16,32,64    16,32,64              0       4       2,3
 attention      attention.forward      half     any   64,128      32,64,128             0       4,8     2,3
 attention      attention.forward      float32  any   16,32,64    16,32,64              0       4,8     2
@@ -220,6 +224,17 @@ def work(op: str, setting: Setting, device: str = "cuda") -> Work:
     def losses(m, x, targets, w):
         return m.linear_cross_entropy(x.flatten(0, 1), w, targets.flatten(), -1, "none").view(targets.shape)
 
+    def linear(m, hidden, w):
+        if m is not ops:
+            return F.linear(hidden, w)
+        from .kernels.launch import Rows
+        from .kernels.linear import start_linear
+
+        which = Rows(None, torch.arange(b, dtype=torch.int32, device=device), torch.tensor([b], device=device).int())
+        y = hidden.new_empty(b, t, c)
+        start_linear(hidden.flatten(0, 1), w, None, y.view(b * t, c), t, which)
+        return y
+
     x, packed = random(b, t, c), random(b, t, (h + 2 * k) * d)
     gate, up, w_gate, w_up = random(b, t, f), random(b, t, f), random(f, c, scale=c**-0.5), random(f, c, scale=c**-0.5)
     projections = [random(n * d, c, scale=c**-0.5) for n in (h, k, k)]
@@ -228,6 +243,7 @@ def work(op: str, setting: Setting, device: str = "cuda") -> Work:
     works = {
         "swiglu": (lambda m, *a: m.swiglu(*a), [x], [w_gate, w_up], "forward"),
         "qkv": (qkv, [x], projections, "forward"),
+        "linear": (linear, [gate], [random(c, f, scale=f**-0.5)], "forward"),
         "attention": (lambda m, qkv: m.attention(qkv, h, k), [packed], [], "forward"),
         "attention_dq": (lambda m, qkv: m.attention(qkv, h, k), [packed], [], "backward"),
         "attention_dkv": (lambda m, qkv: m.attention(qkv, h, k), [packed], [], "backward"),
