@@ -166,12 +166,12 @@ def kernels_of_a_step(config: HRMConfig, dtype: torch.dtype, n_rows: int, n_toke
         core = HRMCore(config).to(dtype)
         x = torch.empty(n_rows, n_tokens, config.n_embd, dtype=dtype)
         rotary = torch.empty(n_tokens, config.head_dim // 2, 2) if config.use_rotary else None
-        width = config.n_embd + 2 * config.kv_heads * config.head_dim
-        sizes = Space.sizes(x, dtype, width, config.hidden, rotary, None, False)
+        weights = core.weights()
+        sizes = Space.sizes(x, dtype, weights.L[0], rotary, None, False)
         space = Space.of({name: torch.empty(size, dtype=of) for name, (size, of) in sizes.items()}, x)
     cycles = config.hrm_H_cycles, config.hrm_L_cycles
     with record() as launches:
-        step(space, core.weights(), Sizes(config.n_head, config.kv_heads, *cycles, config.eps, 0.0, 0.0))
+        step(space, weights, Sizes(config.n_head, config.kv_heads, *cycles, config.eps, 0.0, 0.0))
     return len(launches)
 
 
