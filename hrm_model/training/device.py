@@ -75,7 +75,7 @@ def choose_kernels(fused: str, device: torch.device) -> str:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile every block in place (state-dict keys stay). Batch size is dynamic: in the host's loop rows leave."""
+    """torch.compile every block in place (state-dict keys stay). Batch size is dynamic: rows leave the host's loop."""
     for module in model.modules():
         if isinstance(module, (Block, ReasoningBlock)):
             module.compile(dynamic=True)
