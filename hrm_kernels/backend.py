@@ -197,9 +197,9 @@ def chosen(op: str, *args) -> tuple[str, Callable]:
     return "reference", getattr(reference, op)
 
 
-def _asked_for(op: str, setting: str, reason: str) -> str:
-    what = f"backend {setting!r}" if setting in MODES else f"{op}={setting}"
-    return f"{what} was asked for, but {op}: {reason}; use 'auto' or 'reference'"
+def _asked_for(op: str, setting: str, reason: str, remedy: str = "'auto' or 'reference'") -> str:
+    what = f"backend {setting!r} was asked for, but {op}:" if setting in MODES else f"{op}={setting} was asked for, but"
+    return f"{what} {reason}; use {remedy}"
 
 
 def _fastest_attention(qkv: Tensor, n_head: int, n_kv_head: int, lengths: Tensor | None, dropout_p: float) -> str:
@@ -252,7 +252,7 @@ def loop_driver(x: Tensor, weights: LoopWeights, n_head: int, n_kv_head: int, wh
     if kernel is None:
         if setting == "auto":
             return None
-        raise BackendError(_asked_for(LOOP, setting, f"{reason} (hrm_loop=reference: the model's own loop)"))
+        raise BackendError(_asked_for(LOOP, setting, reason, f"{LOOP}=reference, the model's own loop"))
     return _driver(setting, x.device)
 
 
@@ -268,7 +268,7 @@ def _driver(setting: str, device: torch.device) -> str:
     if reason is None:
         return setting if by_name else "while"
     if by_name:
-        raise BackendError(f"{LOOP}={setting} was asked for, but {reason}; use {LOOP}=host")
+        raise BackendError(_asked_for(LOOP, setting, reason, f"{LOOP}=host"))
     if device.type == "cuda":
         _say_once(f"the host starts the steps of the HRM loop, not the device: {reason}")
     return "host"

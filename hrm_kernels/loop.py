@@ -253,7 +253,7 @@ def _at_the_start(x: Tensor, init_H: Tensor, init_L: Tensor) -> LoopResult:
 
 
 class _Shape:
-    """One shape of batch: its views of the scratch memory, its books, and what was captured for it."""
+    """One shape of batch: its views of the scratch memory, and what was captured for it."""
 
     def __init__(self, space):
         self.space = space
@@ -265,10 +265,11 @@ class _Shape:
 
         tensors = [t for block in (*weights.L, *weights.H) for t in block if t is not None]
         addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias))
+        most = None
+        if driver == "graph":
+            most = power_of_2(steps.most)  # so that calls of changing depth share one
+            steps = replace(steps, most=most)
         # whatever a kernel was started with and no memory holds
-        if driver == "graph":  # so that calls of changing depth share one
-            steps = replace(steps, most=power_of_2(steps.most))
-        most = steps.most if driver == "graph" else None
         key = driver, sizes, addresses, precision(self.space.qkv.dtype), most
         if key not in self._graphs:
             self._graphs[key] = drivers.capture(driver, steps)

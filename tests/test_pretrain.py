@@ -199,6 +199,20 @@ def test_fused_require_without_a_gpu_is_an_error(flags):
     assert process.returncode == 1 and "--fused=require: no kernel can run for rms_norm" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for where there is no GPU")
+def test_a_driver_of_the_loop_that_cannot_run_here_is_an_error_of_one_line(flags):
+    process = start(*flags, env=COMPILING | {"HRM_KERNELS": "auto,hrm_loop=graph"})
+    printed = process.communicate()[0]
+    assert process.returncode == 1 and "Traceback" not in printed
+    assert "error: hrm_loop=graph was asked for, but the tensors are on cpu" in printed.splitlines()[-1]
+
+
+def test_recomputed_activations_train_to_the_same_bits(flags, tmp_path):
+    for name in ("kept", "recompute"):
+        assert main([*flags, "--out", str(tmp_path / name), *(["--recompute"] if name == "recompute" else [])]) == 0
+    assert_same_bits(weights(tmp_path / "recompute", 8), weights(tmp_path / "kept", 8))
+
+
 def test_bfloat16_autocast_trains_close_to_float32(flags, tmp_path):
     flags[flags.index("--dropout") + 1] = "0"
     for dtype in ("float32", "bfloat16"):

@@ -69,11 +69,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped before training began; nothing was lost", file=sys.stderr)
         return 130
+    from hrm_kernels import BackendError
     from hrm_model.checkpoint import CheckpointError
 
     try:
         return training()
-    except (CheckpointError, OSError) as error:  # any other exception is a fault of ours and keeps its traceback
+    except (
+        CheckpointError,
+        BackendError,
+        OSError,
+    ) as error:  # any other exception is a fault of ours and keeps its traceback
         return _fail(error)
 
 
