@@ -74,11 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return training()
-    except (
-        CheckpointError,
-        BackendError,
-        OSError,
-    ) as error:  # any other exception is a fault of ours and keeps its traceback
+    except (CheckpointError, BackendError, OSError) as error:  # any other is a fault of ours and keeps its traceback
         return _fail(error)
 
 
