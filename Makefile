@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: run test lint bench
+.PHONY: run test lint bench gpu
 
 run:  ## prepare the default text and train the tiny model on it
 	$(PYTHON) train/pretrain.py
@@ -14,3 +14,6 @@ lint:
 
 bench:  ## the HRM step against the published behaviour
 	$(PYTHON) bench/hrm_step.py
+
+gpu:  ## everything that waits for a GPU: parity, races, times, a training run, in parts of eight minutes
+	$(PYTHON) bench/gpu.py
