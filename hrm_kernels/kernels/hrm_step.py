@@ -37,6 +37,15 @@ from .swiglu import start_swiglu
 
 
 @triton.jit
+def _elements(
+    index, count, T, channel, lengths_ptr, active_ptr, C: tl.constexpr, ACTIVE: tl.constexpr, HAS_LENGTHS: tl.constexpr
+):
+    """(place of each token, address of each element, whether it is there) of tokens `index`, whole channels."""
+    place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
+    return place, place[:, None] * C + channel, real[:, None] & (channel < C)
+
+
+@triton.jit
 def _begin(
     x_ptr, z_H_ptr, z_L_ptr, u_ptr, before_H_ptr, before_L_ptr, lengths_ptr, active_ptr, n_active_ptr, M, T,
     C: tl.constexpr, KEEP_BEFORE: tl.constexpr, ACTIVE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -46,9 +55,7 @@ def _begin(
     channel = tl.arange(0, BLOCK_C)[None, :]
     for tile_m in range(tl.program_id(0), tl.cdiv(count, BLOCK_M), tl.num_programs(0)):
         index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
-        at = place[:, None] * C + channel
-        mask = real[:, None] & (channel < C)
+        _, at, mask = _elements(index, count, T, channel, lengths_ptr, active_ptr, C, ACTIVE, HAS_LENGTHS)
         z_H = tl.load(z_H_ptr + at, mask, other=0.0)
         z_L = tl.load(z_L_ptr + at, mask, other=0.0)
         if KEEP_BEFORE:
@@ -81,9 +88,7 @@ def _add_norm(
     w = tl.load(w_ptr + channel, channel < C, other=0.0).to(tl.float32)
     for tile_m in range(tl.program_id(0), tl.cdiv(count, BLOCK_M), tl.num_programs(0)):
         index = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        place, _, _, real = tokens_of(index, count, T, lengths_ptr, active_ptr, ACTIVE, HAS_LENGTHS)
-        at = place[:, None] * C + channel
-        mask = real[:, None] & (channel < C)
+        place, at, mask = _elements(index, count, T, channel, lengths_ptr, active_ptr, C, ACTIVE, HAS_LENGTHS)
         x = tl.load(x_ptr + at, mask, other=0.0)
         branch = tl.load(branch_ptr + at, mask, other=0.0)
         if DROPOUT:
