@@ -23,6 +23,7 @@ from .backend import (
     why_no_kernel,
 )
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
+from .past import Past, Span, Tokens
 from .reference import rope, rope_table
 from .transfer import to_device
 from .version import __version__
@@ -34,10 +35,14 @@ __all__ = [
     "HRMLoop",
     "LoopResult",
     "LoopWeights",
+    "Past",
+    "Span",
+    "Tokens",
     "__version__",
     "add_rms_norm",
     "as_now",
     "attention",
+    "cached_attention",
     "current_backend",
     "describe",
     "halting",
@@ -159,6 +164,20 @@ def rope_gqa_attention(
     checks.qkv_rope(x, w_q, w_k, w_v, biases, rotary)
     checks.rope_gqa_attention(x, w_q, w_k, rotary, n_head, n_kv_head, lengths, dropout_p)
     return run_rope_gqa_attention(x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p)
+
+
+def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_head: int) -> Tensor:
+    """Causal grouped-query attention of some tokens over a cache, to which their keys and values are added first.
+
+    Args:
+        qkv: [1, N, (H + 2K) * D] from `qkv_rope`, of the tokens in their order. Forward only.
+        kv: [R, P, 2, K, D] of qkv's dtype, dense; written at the tokens' places, and nowhere else.
+        tokens: which they are. Positions before a token's own must be there already, or be among the tokens.
+    Returns:
+        [1, N, H*D].
+    """
+    checks.cached_attention(qkv, kv, tokens, n_head, n_kv_head)
+    return run("cached_attention", qkv, kv, tokens, n_head, n_kv_head)
 
 
 def linear_cross_entropy(

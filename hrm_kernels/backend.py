@@ -40,6 +40,7 @@ OPS = (
     "swiglu_mul",
     "qkv_rope",
     "attention",
+    "cached_attention",
     "linear_cross_entropy",
     "halting",
 )

@@ -10,6 +10,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .past import Tokens
+
 # Rows of logits alive at a time in linear_cross_entropy: 256 x 50,304 float32 is 52 MB. On two shared CPU cores 64 rows
 # took 1.6 to 2.2 times as long, 512 rows 0.8 to 0.9 times (bench/ops.py --reference); on a GPU it was not measured.
 CROSS_ENTROPY_CHUNK = 256
@@ -101,6 +103,33 @@ def attention(
     q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=1)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=n_kv_head != n_head)
     return rearrange(out, "b h t d -> b t (h d)")
+
+
+def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_head: int) -> Tensor:
+    n_rows, n_positions = kv.shape[:2]
+    head_dim = kv.shape[-1]
+    q, new = qkv[0].split((n_head * head_dim, 2 * n_kv_head * head_dim), dim=-1)
+    kv.view(n_rows * n_positions, -1).index_copy_(0, tokens.place, new)
+    if tokens.one_each:
+        # the query heads that share a key/value head are as many queries of that head
+        first, grouped = tokens.spans[0].row, q.view(len(tokens), n_kv_head, -1, head_dim)
+        keys, values = kv[first : first + len(tokens), : tokens.longest].transpose(1, 3).unbind(2)
+        seen = None if tokens.seen is None else tokens.seen[:, None, None]
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).reshape(1, len(tokens), -1)
+    out, at = torch.empty_like(q), 0
+    for row, begin, end in tokens.spans:
+        mine = slice(at, at + end - begin)
+        queries = q[mine].unflatten(-1, (n_head, head_dim)).transpose(0, 1)[None]
+        keys, values = kv[row, None, :end].transpose(1, 3).unbind(2)
+        seen = None
+        if begin and end - begin > 1:
+            seen = torch.ones(end - begin, end, dtype=torch.bool, device=q.device).tril(begin)
+        heads = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=seen, is_causal=begin == 0, enable_gqa=n_kv_head != n_head
+        )
+        out[mine] = heads[0].transpose(0, 1).flatten(1)
+        at = mine.stop
+    return out[None]
 
 
 def halting(

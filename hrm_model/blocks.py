@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]."""
+    """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]. With `past`, queries look at a cache's keys and
+    values, to which their own are added first."""
 
     def __init__(self, config: HRMConfig):
         super().__init__()
@@ -46,18 +47,17 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.kv_heads, config.dropout
 
-    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
+    ) -> Tensor:
         q, k, v = self.q_proj, self.k_proj, self.v_proj
-        heads = ops.rope_gqa_attention(
-            x,
-            *(q.weight, k.weight, v.weight),
-            biases=None if q.bias is None else (q.bias, k.bias, v.bias),
-            rotary=rotary,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            lengths=lengths,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        weights, sizes = (q.weight, k.weight, v.weight), (self.n_head, self.n_kv_head)
+        biases = None if q.bias is None else (q.bias, k.bias, v.bias)
+        if past is not None:
+            heads = ops.cached_attention(ops.qkv_rope(x, *weights, biases, rotary), past.kv, past.tokens, *sizes)
+        else:
+            dropout_p = self.dropout if self.training else 0.0
+            heads = ops.rope_gqa_attention(x, *weights, biases, rotary, *sizes, lengths, dropout_p)
         return F.dropout(self.c_proj(heads), self.dropout, self.training)
 
 
@@ -98,11 +98,13 @@ class _BlockParts(nn.Module):
     recompute = False
     """Keep a pass's input alone for the backward pass, and make the rest again there."""
 
-    def apply_to(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def apply_to(
+        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
+    ) -> Tensor:
         """The block's forward pass, as `recompute` has it."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self, x, rotary, lengths, use_reentrant=False, context_fn=_kernels_as_now)
-        return self(x, rotary, lengths)
+        return self(x, rotary, lengths, past)
 
     def __init__(self, config: HRMConfig):
         super().__init__()
@@ -115,8 +117,10 @@ class _BlockParts(nn.Module):
 class Block(_BlockParts):
     """Pre-norm block of the input and output stacks: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
-        x, normed = self.ln_2.add(x, self.attn(self.ln_1(x), rotary, lengths))
+    def forward(
+        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
+    ) -> Tensor:
+        x, normed = self.ln_2.add(x, self.attn(self.ln_1(x), rotary, lengths, past))
         return x + self.mlp(normed)
 
 
@@ -133,6 +137,8 @@ class ReasoningBlock(_BlockParts):
         given |= {f"{name}_bias": None if linear is None else linear.bias for name, linear in linears.items()}
         return ops.BlockWeights(norm_1=self.ln_1.weight, norm_2=self.ln_2.weight, **given)
 
-    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
-        x = self.ln_1.of_sum(x, self.attn(x, rotary, lengths))
+    def forward(
+        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
+    ) -> Tensor:
+        x = self.ln_1.of_sum(x, self.attn(x, rotary, lengths, past))
         return self.ln_2.of_sum(x, self.mlp(x))

@@ -10,6 +10,7 @@ The loop is host_loop.py, or hrm_kernels' where kernels run; both give the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from .config import HRMConfig
 from .host_loop import Batch, host_loop, published_gradient
 
 GRADIENTS = ("replay", "published")
+Pasts = Iterator[ops.Past]
+"""What a cache holds for each block application of a step, in the order in which they come."""
 
 
 @dataclass
@@ -47,10 +50,12 @@ class Level(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(ReasoningBlock(config) for _ in range(n_layers))
 
-    def forward(self, z: Tensor, injection: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def forward(
+        self, z: Tensor, injection: Tensor, rotary: Tensor | None, lengths: Tensor | None, pasts: Pasts | None = None
+    ) -> Tensor:
         z = z + injection
         for layer in self.layers:
-            z = layer.apply_to(z, rotary, lengths)
+            z = layer.apply_to(z, rotary, lengths, None if pasts is None else next(pasts))
         return z
 
 
@@ -69,13 +74,14 @@ class HRMCore(nn.Module):
         self._kernels = ops.HRMLoop(*sizes)
 
     def step(
-        self, x: Tensor, z_H: Tensor, z_L: Tensor, rotary: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, z_H: Tensor, z_L: Tensor, rotary: Tensor | None, lengths: Tensor | None,
+        pasts: Pasts | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One HRM step on [B, T, C] tensors; returns (z_H, z_L)."""
         for _ in range(self.config.hrm_H_cycles):
             for _ in range(self.config.hrm_L_cycles):
-                z_L = self.L_level(z_L, z_H + x, rotary, lengths)
-            z_H = self.H_level(z_H, z_L, rotary, lengths)
+                z_L = self.L_level(z_L, z_H + x, rotary, lengths, pasts)
+            z_H = self.H_level(z_H, z_L, rotary, lengths, pasts)
         return z_H, z_L
 
     def initial_state(self, x: Tensor) -> tuple[Tensor, Tensor]:

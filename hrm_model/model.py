@@ -15,7 +15,7 @@ import hrm_kernels as ops
 
 from .blocks import Block, ReasoningBlock, RMSNorm
 from .config import HRMConfig
-from .core import GRADIENTS, HRMCore
+from .core import GRADIENTS, HRMCore, Pasts
 
 IGNORE = -1
 PUBLISHED_STEP_PENALTY = 0.01
@@ -117,7 +117,7 @@ class HRMForCausalLM(nn.Module):
         """
         lengths = self._checked_lengths(ids_BT, targets, lengths)
         max_steps = self.config.hrm_max_steps if max_steps is None else max_steps
-        forced = _checked_depths(force_steps, max_steps, ids_BT.shape[0])
+        forced = checked_depths(force_steps, max_steps, ids_BT.shape[0])
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient {gradient!r} is none of {', '.join(GRADIENTS)}")
         if halt_bias is None:
@@ -156,17 +156,20 @@ class HRMForCausalLM(nn.Module):
             return None
         return ops.rope_table(torch.arange(n_positions, device=self.device), self.config.head_dim)
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] ids -> [B, T, C]: token (and learned position) embedding, dropout in training."""
+    def embed(self, ids_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, T] ids -> [B, T, C]: token (and learned position) embedding, dropout in training. positions: [T] int64,
+        default 0..T-1."""
         x_BTC = self.wte(ids_BT) * self.config.embed_scale
         if not self.config.use_rotary:
-            x_BTC = x_BTC + self.wpe.weight[: ids_BT.shape[1]]
+            x_BTC = x_BTC + (self.wpe.weight[: ids_BT.shape[1]] if positions is None else self.wpe(positions))
         return F.dropout(x_BTC, self.config.dropout, self.training)
 
-    def decode(self, z_H: Tensor, rotary: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def decode(
+        self, z_H: Tensor, rotary: Tensor | None, lengths: Tensor | None, pasts: Pasts | None = None
+    ) -> Tensor:
         """Core state [B, T, C] -> output blocks -> final norm: the lm_head's input [B, T, C]."""
         for block in self.output_blocks:
-            z_H = block.apply_to(z_H, rotary, lengths)
+            z_H = block.apply_to(z_H, rotary, lengths, None if pasts is None else next(pasts))
         return self.ln_f(z_H)
 
     def loss(self, h_BTC: Tensor, targets: Tensor, lengths: Tensor | None, reduction: str = "mean") -> Tensor:
@@ -224,7 +227,8 @@ class HRMForCausalLM(nn.Module):
         return ops.to_device(lengths.to(torch.int64), ids_BT.device)
 
 
-def _checked_depths(force_steps, max_steps: int, n_rows: int) -> list[int]:
+def checked_depths(force_steps, max_steps: int, n_rows: int) -> list[int]:
+    """Of each row the steps that it is forced to, 0 where the head decides. Raises ValueError."""
     if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
         raise ValueError(f"max_steps {max_steps!r} must be an integer of at least 1")
     if force_steps is None:

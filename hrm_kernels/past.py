@@ -1,0 +1,97 @@
+"""Which tokens of a cache an op works on: some positions of some rows, one row after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .transfer import to_device
+
+
+class Span(NamedTuple):
+    """Positions begin..end-1 of a row."""
+
+    row: int
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """N tokens of a cache of `n_positions` a row, row after row; each comes with all that precede it in its row."""
+
+    spans: tuple[Span, ...]
+    """None empty, each row once."""
+    n_positions: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], n_positions: int, device: torch.device) -> Tokens:
+        """These spans of a cache."""
+        return cls(tuple(spans), n_positions, device)
+
+    def __len__(self) -> int:
+        return sum(span.size for span in self.spans)
+
+    @cached_property
+    def _told(self) -> tuple[Tensor, Tensor]:
+        rows = [span.row for span in self.spans for _ in range(span.size)]
+        positions = [t for span in self.spans for t in range(span.begin, span.end)]
+        return to_device(torch.tensor([rows, positions], dtype=torch.int64, device="cpu"), self.device).unbind(0)
+
+    @property
+    def row(self) -> Tensor:
+        """[N] int64."""
+        return self._told[0]
+
+    @property
+    def position(self) -> Tensor:
+        """[N] int64, in its row."""
+        return self._told[1]
+
+    @cached_property
+    def place(self) -> Tensor:
+        """[N] int64: row * n_positions + position."""
+        return self.row * self.n_positions + self.position
+
+    @cached_property
+    def last(self) -> Tensor:
+        """[rows] int64: index, among the N, of each row's last token."""
+        ends = torch.tensor([span.size for span in self.spans], dtype=torch.int64, device="cpu").cumsum(0) - 1
+        return to_device(ends, self.device)
+
+    @cached_property
+    def one_each(self) -> bool:
+        """Whether these are one token of each of some neighbouring rows."""
+        first = self.spans[0].row
+        return all(span.size == 1 and span.row == first + i for i, span in enumerate(self.spans))
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions up to the last of any row's tokens."""
+        return max(span.end for span in self.spans)
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """[N, longest] bool: the positions that a token looks at; None where that is all of them. For `one_each`."""
+        if len({span.end for span in self.spans}) == 1:
+            return None
+        return torch.arange(self.longest, device=self.device) <= self.position[:, None]
+
+
+class Past(NamedTuple):
+    """A block application's keys and values, and the tokens whose own are to be added."""
+
+    kv: Tensor
+    """[R, P, 2, K, D]: rows, positions, keys and values, heads, channels."""
+    tokens: Tokens

@@ -1,0 +1,187 @@
+"""Memory of sequences that grow: what a new token needs of those before it, so that none of them is computed twice.
+
+Attention is causal, so the state of a position after a step does not depend on what follows. What changes as a row grows
+is only how many steps the whole of it takes. Therefore, for every position,
+
+    keys and values of each block application: input block; (step, cycle, level, layer); (depth, output block)
+    x, the input blocks' output; z_H after each step; z_L after its latest step
+    and per row and step the sum of z_H over positions, for the halting head's mean
+
+are kept. A row that goes deeper than ever before runs its earlier positions through the missing step first, from z_H and
+z_L as they were left (backfill); the output blocks read z_H of the depth that the row now has, at all positions, so their
+keys and values are kept for each depth and filled when it is first needed (refill). hrm_model/incremental.py does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import hrm_kernels as ops
+
+from .config import HRMConfig
+
+
+@dataclass
+class Work:
+    """Applications of one block to one token, counted as they are run."""
+
+    input: int = 0
+    core: int = 0
+    output: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.input + self.core + self.output
+
+
+def bytes_per_token(
+    config: HRMConfig, max_steps: int | None = None, dtype: torch.dtype = torch.float32, kv_dtype=None
+) -> int:
+    """Memory that one token of one row takes in a cache, in bytes.
+
+    Args:
+        max_steps: steps that the cache has room for, default hrm_max_steps. dtype: of states. kv_dtype: of keys and
+            values, where autocast makes them narrower than states.
+    """
+    steps = config.hrm_max_steps if max_steps is None else max_steps
+    blocks = config.n_input_layers + steps * (config.blocks_per_step + config.n_output_layers)
+    keys_and_values = blocks * 2 * config.kv_heads * config.head_dim
+    states = (2 + steps) * config.n_embd
+    return keys_and_values * (kv_dtype or dtype).itemsize + states * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that can still be asked for; None where it cannot be read."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+class HRMCache:
+    """Room for `rows` sequences of up to `positions` tokens and `max_steps` steps; all of it is asked for at once, so that
+    it never grows. (A CPU hands memory out when it is first written to, so rows that stay short or shallow take less.)
+
+    Args:
+        model: an HRMForCausalLM. Its weights' type and device are the cache's; make the cache under the autocast that it
+            is used under.
+        rows: sequences at a time. positions: default and at most block_size. max_steps: S, default hrm_max_steps.
+
+    Raises:
+        ValueError: sizes out of range, or more memory than there is; the message names both.
+    """
+
+    def __init__(self, model, rows: int = 1, positions: int | None = None, max_steps: int | None = None):
+        config = model.config
+        self.config, self.device = config, model.device
+        self.rows = _at_least_one("rows", rows)
+        self.positions = _at_least_one("positions", config.block_size if positions is None else positions)
+        self.max_steps = _at_least_one("max_steps", config.hrm_max_steps if max_steps is None else max_steps)
+        if self.positions > config.block_size:
+            raise ValueError(f"positions {positions} are more than block_size {config.block_size}, the model's longest")
+        dtype = model.wte.weight.dtype
+        kind = self.device.type
+        kv_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        self.bytes_per_token = bytes_per_token(config, self.max_steps, dtype, kv_dtype)
+        self._check_room()
+
+        r, p, c, s = self.rows, self.positions, config.n_embd, self.max_steps
+        one = (2, config.kv_heads, config.head_dim)
+        state = {"dtype": dtype, "device": self.device}
+        kv = {"dtype": kv_dtype, "device": self.device}
+        self.x, self.z_L = (torch.empty((r, p, c), **state) for _ in range(2))
+        self.z_H = torch.empty((s, r, p, c), **state)
+        # sums over hundreds of positions, one at a time: in double precision they round no worse than a mean at once
+        wide = torch.float32 if kind == "mps" else torch.float64
+        self.sums = torch.zeros((s, r, c), dtype=wide, device=self.device)
+        # zeros: a weight of 0 on memory that nobody wrote would be 0 times nan
+        self.kv_input = torch.zeros((config.n_input_layers, r, p, *one), **kv)
+        self.kv_core = torch.zeros((s, config.blocks_per_step, r, p, *one), **kv)
+        self.kv_output = torch.zeros((config.n_output_layers, s * r, p, *one), **kv)
+        self.rotary = model.rotary(p)
+        self._ids: list[list[int]] = [[] for _ in range(r)]
+        self.done = [[0] * s for _ in range(r)]
+        """Of each row and step, how many positions have run it; never rises with the step."""
+        self.decoded = [[0] * s for _ in range(r)]
+        """Of each row and depth, how many positions have gone through the output blocks."""
+        self.work = Work()
+
+    def _check_room(self) -> None:
+        wanted, free = self.rows * self.positions * self.bytes_per_token, free_bytes(self.device)
+        if free is not None and wanted > free:
+            raise ValueError(
+                f"a cache of {self.rows} rows x {self.positions} positions x {self.max_steps} steps takes "
+                f"{wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {self.device}: {free // self.bytes_per_token} "
+                f"positions in all fit; take fewer rows (batch_size), fewer tokens or a smaller max_steps"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache has asked for."""
+        tensors = self.x, self.z_L, self.z_H, self.sums, self.kv_input, self.kv_core, self.kv_output
+        return sum(t.nbytes for t in tensors)
+
+    def ids(self, row: int) -> list[int]:
+        """The tokens that a row holds."""
+        return list(self._ids[row])
+
+    def length(self, row: int) -> int:
+        """How many they are."""
+        return len(self._ids[row])
+
+    def clear(self, row: int) -> None:
+        """Forget a row, to give its place to another sequence."""
+        self.truncate(row, 0)
+
+    def truncate(self, row: int, n: int) -> None:
+        """Keep a row's first n tokens. What was computed for them stays right, whatever had followed."""
+        if n >= self.length(row):
+            return
+        del self._ids[row][n:]
+        for counts in (self.done, self.decoded):
+            counts[row] = [min(count, n) for count in counts[row]]
+        self._sum_again(row)
+
+    @torch.no_grad()
+    def copy(self, source: int, targets: Sequence[int], n: int | None = None) -> None:
+        """Make the first n tokens of row `source` (default all) the contents of rows `targets`: several continuations
+        share what was computed once."""
+        n = self.length(source) if n is None else min(n, self.length(source))
+        for row in targets:
+            if row == source:
+                continue
+            self._ids[row] = self._ids[source][:n]
+            self.done[row] = [min(count, n) for count in self.done[source]]
+            self.decoded[row] = [min(count, n) for count in self.decoded[source]]
+            for t in (self.x, self.z_L):
+                t[row, :n] = t[source, :n]
+            self.kv_input[:, row, :n] = self.kv_input[:, source, :n]
+            for s, (done, decoded) in enumerate(zip(self.done[row], self.decoded[row], strict=True)):
+                self.z_H[s, row, :done] = self.z_H[s, source, :done]
+                self.kv_core[s, :, row, :done] = self.kv_core[s, :, source, :done]
+                to, of = s * self.rows + row, s * self.rows + source
+                self.kv_output[:, to, :decoded] = self.kv_output[:, of, :decoded]
+            self._sum_again(row)
+
+    def _sum_again(self, row: int) -> None:
+        for s, count in enumerate(self.done[row]):
+            if count == 0:
+                self.sums[s:, row].zero_()
+                break
+            self.sums[s, row] = self.z_H[s, row, :count].sum(0, dtype=self.sums.dtype)
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} {value!r} must be an integer of at least 1")
+    return value
