@@ -17,12 +17,11 @@ import hrm_kernels as ops
 from bench.published import PublishedHRM
 from bench.shares import profile_shares
 from hrm_model import HRMConfig, HRMForCausalLM
+from hrm_model.keyed import DEPTH_STREAM, keyed_integers
 from hrm_model.model import PUBLISHED_STEP_PENALTY
 from hrm_model.training.device import autocast, compile_blocks
-from hrm_model.training.loop import DEPTH_STREAM
 from hrm_model.training.optim import build_optimizer, clip_gradients, learning_rate
 from hrm_model.training.recipes import TrainConfig
-from hrm_model.training.sampler import keyed_integers
 
 NAMES = ("published", "eager", "compile", "fused")
 ROWS_IN_A_TURN = 16

@@ -103,7 +103,7 @@ def cached_attention(qkv: Tensor, kv: Tensor, tokens, n_head: int, n_kv_head: in
     shape("kv", kv, (n_rows, n_positions, 2, n_kv_head, head_dim), f"with {n_kv_head} key/value heads")
     shape("qkv", qkv, (1, len(tokens), (n_head + 2 * n_kv_head) * head_dim), "for these tokens and heads")
     if qkv.dtype != kv.dtype:
-        raise ValueError(f"qkv is {qkv.dtype} and the cache {kv.dtype}; make the cache under the same autocast and type")
+        raise ValueError(f"qkv is {qkv.dtype} and the cache {kv.dtype}; make it under the same autocast and dtype")
     if not kv.is_contiguous():
         raise ValueError("kv is not dense; it is written in place, so give the cache itself")
     if tokens.n_positions != n_positions:

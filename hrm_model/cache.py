@@ -1,15 +1,16 @@
 """Memory of sequences that grow: what a new token needs of those before it, so that none of them is computed twice.
 
-Attention is causal, so the state of a position after a step does not depend on what follows. What changes as a row grows
-is only how many steps the whole of it takes. Therefore, for every position,
+Attention is causal, so the state of a position after a step does not depend on what follows. What changes as a row
+grows is only how many steps the whole of it takes. Therefore, for every position,
 
     keys and values of each block application: input block; (step, cycle, level, layer); (depth, output block)
     x, the input blocks' output; z_H after each step; z_L after its latest step
     and per row and step the sum of z_H over positions, for the halting head's mean
 
-are kept. A row that goes deeper than ever before runs its earlier positions through the missing step first, from z_H and
-z_L as they were left (backfill); the output blocks read z_H of the depth that the row now has, at all positions, so their
-keys and values are kept for each depth and filled when it is first needed (refill). hrm_model/incremental.py does that.
+are kept. A row that goes deeper than ever before runs its earlier positions through the missing step first, from z_H
+and z_L as they were left (backfill); the output blocks read z_H of the depth that the row now has, at all positions,
+so their keys and values are kept for each depth and filled when it is first needed (refill). hrm_model/incremental.py
+does that.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-import hrm_kernels as ops
 
 from .config import HRMConfig
 
@@ -69,12 +67,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 class HRMCache:
-    """Room for `rows` sequences of up to `positions` tokens and `max_steps` steps; all of it is asked for at once, so that
-    it never grows. (A CPU hands memory out when it is first written to, so rows that stay short or shallow take less.)
+    """Room for `rows` sequences of up to `positions` tokens and `max_steps` steps; all of it is asked for at once, so
+    that it never grows. (A CPU hands memory out when it is first written to, so rows that stay short or shallow take
+    less.)
 
     Args:
-        model: an HRMForCausalLM. Its weights' type and device are the cache's; make the cache under the autocast that it
-            is used under.
+        model: an HRMForCausalLM. Its weights' type and device are the cache's; make the cache under the autocast that
+            it is used under.
         rows: sequences at a time. positions: default and at most block_size. max_steps: S, default hrm_max_steps.
 
     Raises:

@@ -1,113 +1,347 @@
-"""Sampling continuations. Every new token recomputes the row's whole window: exact, and slow for long texts."""
+"""Continuing texts: rows that come and go in a batch, each to its own end, over a cache or by recomputing every window.
+
+A row of more tokens than block_size is continued from its last block_size tokens, as published. From there on every
+token moves the window by one, all positions change and nothing computed before holds: each takes a forward pass over
+the whole window (`recomputed` says where). `drop_oldest` drops more at once, so that this happens less often.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cache import HRMCache, Work, bytes_per_token, free_bytes
 from .config import END_OF_TEXT
+from .incremental import evaluating
+from .keyed import TOKEN_STREAM, keyed_uniform
+from .model import HRMForCausalLM, checked_depths
+from .rows import Cached, Recomputing, Row
+from .sampling import Sampling, draw
+from .stops import StoppedText
+from .tokenizer import Tokenizer, get_tokenizer
 
-# Ids from here to vocab_size only pad GPT-2's vocabulary to a multiple of 64; no text has them.
-N_GPT2_IDS = END_OF_TEXT + 1
+DEPTH_UPDATES = ("token", "turn")
+SHARE_OF_MEMORY = 0.8
+"""Of the memory that is free, what a batch of unstated size may take."""
+
+
+class Event(NamedTuple):
+    """One new token of one row."""
+
+    row: int
+    """Number of the prompt."""
+    token: int
+    text: str
+    """What has become certain of the row's text with this token: whole characters, no beginning of a stop string."""
+    logprob: float
+    """In nats, under the model itself: before penalty, temperature and filters."""
+    steps: int
+    """HRM steps that the row took for this token."""
+    finish: str | None
+    """None while the row goes on; "stop" (a string), "stop_token" or "length"."""
+    recomputed: bool
+    """Whether the window was full: the oldest tokens were dropped and the rest computed anew."""
+
+
+@dataclass
+class Generated:
+    """Result of `generate` with details. B rows."""
+
+    ids: Tensor
+    """[B, T'] int64: each row's prompt followed at once by its new tokens, right-padded with END_OF_TEXT."""
+    tokens: list[list[int]]
+    """Of each row, the new tokens, those that made it stop included."""
+    texts: list[str]
+    """Of each row, the new text, without what made it stop."""
+    logprobs: list[list[float]]
+    """Nats, of each new token."""
+    executed_steps: list[list[int]]
+    """HRM steps taken for each new token."""
+    finish: list[str]
+    """"length", "stop" or "stop_token"; "length" too where no token was asked for."""
+    recomputed: list[int]
+    """Of each row, new tokens for which a full window was computed anew."""
+    work: Work
+    """Block applications, prompts included."""
+
+
+class Generation(Iterator[Event]):
+    """The new tokens of some rows, as they come. Leaving off leaves the cache usable."""
+
+    def __init__(self, events: Iterator[Event], engine: Cached | Recomputing):
+        self._events, self._engine = events, engine
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    @property
+    def work(self) -> Work:
+        """Block applications so far, prompts included; with a cache that was given, those before too."""
+        return self._engine.work
+
+
+def stream(
+    model: HRMForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    min_new_tokens: int = 0,
+    stop: str | Sequence[str] = (),
+    stop_tokens: int | Sequence[int] | None = END_OF_TEXT,
+    seed: int | Sequence[int] = 0,
+    max_steps: int | None = None,
+    force_steps: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    halt_bias: float | None = None,
+    depth_update: str = "token",
+    use_cache: bool = True,
+    cache: HRMCache | None = None,
+    batch_size: int | None = None,
+    drop_oldest: int = 1,
+    tokenizer: Tokenizer | None = None,
+) -> Generation:
+    """Continue each prompt, token by token; rows are independent of each other, whatever shares their batch.
+
+    Args:
+        prompts: ids of each row, at least one. max_new_tokens: of each row. sampling: how tokens are drawn.
+        min_new_tokens: before these no stop token is drawn, and no stop string ends a row.
+        stop: strings that end a row. stop_tokens: ids that do; None or () for none.
+        seed: one number, with which each row draws differently, or one for each row. A draw is a function of the row's
+            seed and the token's number alone.
+        max_steps, halt_bias: as in HRMForCausalLM.forward.
+        force_steps: exact steps for every token; a list has a number for each row, or a list for each row with a number
+            for each of its new tokens (the last goes on). 0 in a list lets the head decide.
+        depth_update: "token" decides depth anew for every token, exactly as a forward pass over the row would, which
+            can mean running earlier tokens through more steps; "turn" decides it for the prompt and keeps it.
+        use_cache: False computes every window whole: the same numbers, slowly.
+        cache: to use and leave filled: what a prompt has in common with what it holds is not computed again. Default: a
+            new one.
+        batch_size: rows at a time; others wait for a place. Default: all, or what fits into memory.
+        drop_oldest: tokens dropped when the window is full; 1 as published.
+        tokenizer: makes `text`; default GPT-2's.
+
+    Raises:
+        ValueError: an option out of range, named with its limit; at the call, before anything is computed.
+    """
+    sampling = sampling or Sampling()
+    sampling.check_vocabulary(model.config.vocab_size)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop_tokens = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens or ())
+    _at_least("max_new_tokens", max_new_tokens, 0)
+    _at_least("min_new_tokens", min_new_tokens, 0)
+    _at_least("batch_size", len(prompts) if batch_size is None else batch_size, 1)
+    if "" in stop:
+        raise ValueError("a stop string is empty, which every text contains; give at least one character")
+    if depth_update not in DEPTH_UPDATES:
+        raise ValueError(f"depth_update {depth_update!r} is none of {', '.join(DEPTH_UPDATES)}")
+    rows = _rows(model, prompts, seed, force_steps, max_steps)
+    for row in rows:
+        row.text = StoppedText(tokenizer or get_tokenizer(), stop)
+        if sampling.repetition_penalty != 1.0:
+            row.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
+            row.seen[torch.tensor(row.ids, device=model.device)] = True
+
+    options, window = {"max_steps": max_steps, "halt_bias": halt_bias}, model.config.block_size
+    if use_cache:
+        cache = cache or _new_cache(model, rows, max_new_tokens, max_steps, batch_size)
+        engine, places, window = Cached(model, options, cache), cache.rows, cache.positions
+    else:
+        engine, places = Recomputing(model, options), len(rows)
+    _at_least("drop_oldest", drop_oldest, 1)
+    if drop_oldest >= window > 1:
+        raise ValueError(f"drop_oldest {drop_oldest} must be below the window of {window} tokens")
+    limits = _Limits(max_new_tokens, min_new_tokens, stop_tokens, window, drop_oldest, depth_update == "turn")
+    places = min(places, batch_size or places)
+    return Generation(_run(model, engine, places, rows if max_new_tokens else [], sampling, limits), engine)
+
+
+class _Limits(NamedTuple):
+    max_new_tokens: int
+    min_new_tokens: int
+    stop_tokens: tuple[int, ...]
+    window: int
+    drop_oldest: int
+    keep_depth: bool
 
 
 @torch.no_grad()
+def _run(
+    model: HRMForCausalLM,
+    engine: Cached | Recomputing,
+    places: int,
+    rows: list[Row],
+    sampling: Sampling,
+    limits: _Limits,
+) -> Iterator[Event]:
+    waiting, active = deque(rows), []
+    while waiting or active:
+        while waiting and len(active) < places:
+            active.append(waiting.popleft())
+        for row in active:
+            row.recomputed = len(row.window) > limits.window
+            if row.recomputed:
+                row.start = len(row.ids) - limits.window + (limits.drop_oldest - 1 if row.n_new else 0)
+        with evaluating(model):
+            logits, steps = engine.next(active)
+        tokens, logprobs = _draw(active, logits, sampling, limits)
+        events = [
+            _event(row, token, logprob, executed, limits)
+            for row, token, logprob, executed in zip(active, tokens, logprobs, steps, strict=True)
+        ]
+        for row, event in zip(active, events, strict=True):
+            if event.finish:
+                engine.leave(row)
+        active = [row for row, event in zip(active, events, strict=True) if not event.finish]
+        yield from events
+
+
+def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) -> tuple[list[int], list[float]]:
+    uniform, seen, forbidden = None, None, None
+    if sampling.temperature:
+        uniform = [keyed_uniform(row.key[0], row.n_new, row.key[1]) for row in rows]
+    if rows[0].seen is not None:
+        seen = torch.stack([row.seen for row in rows])
+    early = [i for i, row in enumerate(rows) if row.n_new < limits.min_new_tokens]
+    if early and limits.stop_tokens:
+        forbidden = torch.zeros(logits.shape, dtype=torch.bool)
+        forbidden[torch.tensor(early)[:, None], torch.tensor(limits.stop_tokens)] = True
+        forbidden = forbidden.to(logits.device)
+    return draw(logits, uniform, sampling, seen, forbidden)
+
+
+def _event(row: Row, token: int, logprob: float, executed: int, limits: _Limits) -> Event:
+    """The row with its new token."""
+    row.ids.append(token)
+    if row.seen is not None:
+        row.seen[token] = True
+    if limits.keep_depth:
+        row.kept_depth = executed
+    text, finish = "", None
+    if token in limits.stop_tokens:
+        finish = "stop_token"
+    else:
+        text, stopped = row.text.push(token, may_stop=row.n_new >= limits.min_new_tokens)
+        finish = "stop" if stopped else "length" if row.n_new >= limits.max_new_tokens else None
+    if finish in ("stop_token", "length"):
+        text += row.text.finish()
+    return Event(row.number, token, text, logprob, executed, finish, row.recomputed)
+
+
+def _rows(model: HRMForCausalLM, prompts, seed, force_steps, max_steps: int | None) -> list[Row]:
+    config = model.config
+    max_steps = config.hrm_max_steps if max_steps is None else max_steps
+    for number, ids in enumerate(prompts):
+        if len(ids) == 0:
+            raise ValueError(f"prompt {number} is empty; give at least one token, such as {END_OF_TEXT}, end of text")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(f"prompt {number} has token id {token}, outside 0..{config.vocab_size - 1}")
+    if isinstance(seed, int):
+        keys = [(seed, TOKEN_STREAM + (number << 8)) for number in range(len(prompts))]
+    else:
+        keys = [(one, TOKEN_STREAM) for one in seed]
+        if len(keys) != len(prompts):
+            raise ValueError(f"seed has {len(keys)} entries for {len(prompts)} rows; give one each, or one number")
+    scheduled = isinstance(force_steps, Sequence) and any(isinstance(n, Sequence) for n in force_steps)
+    if scheduled:
+        if len(force_steps) != len(prompts) or not all(isinstance(one, Sequence) and len(one) for one in force_steps):
+            raise ValueError(f"force_steps must have a list of at least one number for each of {len(prompts)} rows")
+        forced = [checked_depths(one, max_steps, len(one)) for one in force_steps]
+    else:
+        forced = [[n] for n in checked_depths(force_steps, max_steps, len(prompts))]
+    return [
+        Row(number, list(ids), len(ids), key, depths, None)
+        for number, (ids, key, depths) in enumerate(zip(prompts, keys, forced, strict=True))
+    ]
+
+
+def _new_cache(
+    model: HRMForCausalLM, rows: list[Row], max_new_tokens: int, max_steps: int | None, batch_size: int | None
+) -> HRMCache:
+    config = model.config
+    # the last token drawn is never read
+    positions = min(config.block_size, max(len(row.ids) for row in rows) + max(max_new_tokens - 1, 0))
+    steps = config.hrm_max_steps if max_steps is None else max_steps
+    depths = {n for row in rows for n in row.forced}
+    steps = steps if 0 in depths else max(depths)
+    n_rows, free = len(rows), free_bytes(model.device)
+    if batch_size is not None:
+        n_rows = min(n_rows, batch_size)
+    elif free is not None:
+        fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.wte.weight.dtype))
+        n_rows = max(1, min(n_rows, fit))
+    return HRMCache(model, n_rows, positions, steps)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} {value!r} must be an integer of at least {least}")
+
+
+_stream = stream
+
+
 def generate(
-    model,
+    model: HRMForCausalLM,
     ids_BT: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
-    seed: int = 0,
+    min_p: float = 0.0,
+    *,
     lengths: Sequence[int] | Tensor | None = None,
-    max_steps: int | None = None,
-    force_steps: int | Sequence[int] | None = None,
-    halt_bias: float | None = None,
-    stop_token: int | None = END_OF_TEXT,
-) -> Tensor:
+    stream: bool = False,
+    details: bool = False,
+    **options,
+) -> Tensor | Generated | Generation:
     """Continue each row by up to `max_new_tokens` tokens.
 
-    Row r draws from its own generator, seeded with (seed, r's place), so what a row says does not depend on its
-    neighbours. A row longer than block_size is continued from its last block_size tokens, as published.
-
     Args:
-        model: an HRMForCausalLM; its training mode is restored afterwards.
-        ids_BT: [B, T] int64 prompts, right-padded where `lengths` says so.
-        temperature: 0 takes the likeliest token; above, divides the logits.
-        top_k: keep the k likeliest tokens. top_p: keep the likeliest tokens that together reach this probability.
-        repetition_penalty: at least 1; logits of tokens already in the row are lowered by it (Keskar et al., "CTRL",
-            2019, section 4.1: positive logits are divided, negative ones multiplied).
-        lengths: [B] prompt tokens per row, default T.
-        max_steps, force_steps (one number or a list, one a row), halt_bias: as in HRMForCausalLM.forward.
-        stop_token: a row that draws it is finished; None never stops.
+        ids_BT: [B, T] int64 prompts, right-padded where `lengths` ([B] prompt tokens per row, default T) says so.
+        temperature, top_k, top_p, repetition_penalty, min_p: see hrm_model.sampling.Sampling.
+        options: those of hrm_model.generate.stream: min_new_tokens, stop, stop_tokens, seed, max_steps, force_steps,
+            halt_bias, depth_update, use_cache, cache, batch_size, drop_oldest, tokenizer.
 
     Returns:
-        [B, T'] int64: each row's prompt followed at once by its new tokens, right-padded with END_OF_TEXT.
+        [B, T'] int64: each row's prompt followed at once by its new tokens, right-padded with END_OF_TEXT; with
+        details, a Generated; with stream, an iterator over Events.
 
     Raises:
         ValueError: an option out of range, named with its limit.
     """
     if ids_BT.dim() != 2 or 0 in ids_BT.shape or ids_BT.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids must be [B, T] int64 with at least one token; got {tuple(ids_BT.shape)} {ids_BT.dtype}")
-    _check(model, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-    n_prompt = ids_BT.shape[1]
-    rows = [row[:n].tolist() for row, n in zip(ids_BT, _as_list(lengths, ids_BT), strict=True)]
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + r) % 2**63) for r in range(len(rows))]
-    open_rows = list(range(len(rows)))
-    block_size, device = model.config.block_size, model.device
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            windows = [rows[r][-block_size:] for r in open_rows]
-            sizes = [len(w) for w in windows]
-            padded = [w + [0] * (max(sizes) - len(w)) for w in windows]
-            batch = torch.tensor(padded, device=device)
-            out = model(
-                batch,
-                lengths=sizes if len(set(sizes)) > 1 else None,
-                max_steps=max_steps,
-                force_steps=[force_steps[r] for r in open_rows] if isinstance(force_steps, Sequence) else force_steps,
-                halt_bias=halt_bias,
-                return_logits=True,
-            )
-            last = out.logits[torch.arange(len(sizes)), torch.tensor(sizes) - 1].float().cpu()
-            for r, logits in zip(list(open_rows), last, strict=True):
-                token = _draw(logits, rows[r], generators[r], temperature, top_k, top_p, repetition_penalty)
-                rows[r].append(token)
-                if token == stop_token:
-                    open_rows.remove(r)
-            if not open_rows:
-                break
-    finally:
-        model.train(was_training)
-    longest = max(max(map(len, rows)), n_prompt)
-    return torch.tensor([row + [END_OF_TEXT] * (longest - len(row)) for row in rows], device=ids_BT.device)
-
-
-def _draw(logits, seen, generator, temperature, top_k, top_p, repetition_penalty) -> int:
-    if logits.shape[0] > N_GPT2_IDS:
-        logits[N_GPT2_IDS:] = -math.inf
-    if repetition_penalty != 1.0:
-        index = torch.tensor(sorted(set(seen)))
-        value = logits[index]
-        logits[index] = torch.where(value > 0, value / repetition_penalty, value * repetition_penalty)
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[0]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p < 1.0:
-        ranked, order = probabilities.sort(descending=True)
-        # The token that crosses top_p is kept, so at least one always is.
-        probabilities[order[ranked.cumsum(0) - ranked >= top_p]] = 0.0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    prompts = [row[:n] for row, n in zip(ids_BT.tolist(), _as_list(lengths, ids_BT), strict=True)]
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    generation = _stream(model, prompts, max_new_tokens, sampling=sampling, **options)
+    if stream:
+        return generation
+    events: list[list[Event]] = [[] for _ in prompts]
+    for event in generation:
+        events[event.row].append(event)
+    tokens = [[event.token for event in row] for row in events]
+    rows = [prompt + new for prompt, new in zip(prompts, tokens, strict=True)]
+    longest = max(ids_BT.shape[1], *map(len, rows))
+    ids = torch.tensor([row + [END_OF_TEXT] * (longest - len(row)) for row in rows], device=ids_BT.device)
+    if not details:
+        return ids
+    return Generated(
+        ids,
+        tokens,
+        texts=["".join(event.text for event in row) for row in events],
+        logprobs=[[event.logprob for event in row] for row in events],
+        executed_steps=[[event.steps for event in row] for row in events],
+        finish=[row[-1].finish if row else "length" for row in events],
+        recomputed=[sum(event.recomputed for event in row) for row in events],
+        work=generation.work,
+    )
 
 
 def _as_list(lengths, ids_BT: Tensor) -> list[int]:
@@ -117,16 +351,3 @@ def _as_list(lengths, ids_BT: Tensor) -> list[int]:
     if len(lengths) != ids_BT.shape[0] or not all(n in range(1, ids_BT.shape[1] + 1) for n in lengths):
         raise ValueError(f"lengths {lengths} must be {ids_BT.shape[0]} numbers in 1..{ids_BT.shape[1]}")
     return lengths
-
-
-def _check(model, max_new_tokens, temperature, top_k, top_p, repetition_penalty) -> None:
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens {max_new_tokens!r} must be an integer of at least 0")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be finite and at least 0 (0 is greedy)")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k {top_k!r} must be an integer of at least 1, or None for all")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is outside 0 < top_p <= 1")
-    if not 1 <= repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty {repetition_penalty} must be at least 1 (1 is off)")

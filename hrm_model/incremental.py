@@ -1,9 +1,9 @@
-"""New tokens at the end of cached rows: the same numbers as a forward pass over the whole rows, for a fraction of the work.
+"""New tokens at the end of cached rows: the numbers of a forward pass over the whole rows, for a fraction of its work.
 
     input blocks      the new tokens
     step 1, 2, ...    the new tokens, and before them those that have not run this step yet (backfill)
                       q = q_head(sum of z_H over the row / its length): halt, or go on
-    output blocks     the new tokens at the depth that the row now has, and those that were not decoded at it yet (refill)
+    output blocks     the new tokens at the depth that the row now has, and those not decoded at it yet (refill)
     lm_head           each row's last token
 
 The blocks are the model's own; only what their attention looks at comes from the cache.
@@ -60,7 +60,7 @@ def extend(
         ValueError: an argument out of range, before anything is changed. After any other exception the rows are empty.
     """
     _check(model, cache, new)
-    max_steps = min(cache.max_steps, model.config.hrm_max_steps) if max_steps is None else max_steps
+    max_steps = model.config.hrm_max_steps if max_steps is None else max_steps
     forced = checked_depths(force_steps, max_steps, len(new))
     if max(forced) > cache.max_steps or (max_steps > cache.max_steps and 0 in forced):
         raise ValueError(
@@ -157,8 +157,8 @@ def _reason(
         cache.work.core += len(tokens) * cache.config.blocks_per_step
         decided = set()
         if any(limits[row][1] for row in live):
-            decided = {row for row, halt in zip(live, _decisions(model, cache, s, live, halt_bias), strict=True) if halt}
-            decided = {row for row in decided if limits[row][1]}
+            halt = _decisions(model, cache, s, live, halt_bias)
+            decided = {row for row, now in zip(live, halt, strict=True) if now and limits[row][1]}
         halted |= decided
         depth |= {row: s + 1 for row in live if row in decided or limits[row][0] == s + 1}
         live = [row for row in live if row not in depth]
@@ -170,8 +170,8 @@ def _reason(
 def _decisions(model: HRMForCausalLM, cache: HRMCache, s: int, rows: list[int], halt_bias: float) -> list[bool]:
     """Whether each row would halt after step s + 1, from the mean over all its positions. Waits for the device."""
     lengths = torch.tensor([[cache.length(row)] for row in rows], dtype=cache.sums.dtype)
-    mean = cache.sums[s][rows] / lengths.to(cache.device)
-    _, halt = model.hrm_core.q_values(mean.to(torch.promote_types(cache.x.dtype, torch.float32))[:, None], halt_bias, None)
+    mean = (cache.sums[s][rows] / lengths.to(cache.device)).to(torch.promote_types(cache.x.dtype, torch.float32))
+    _, halt = model.hrm_core.q_values(mean[:, None], halt_bias, None)
     return halt.tolist()
 
 

@@ -12,14 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrm_model.keyed import keyed_integers, keyed_uniform, keyed_words
 from hrm_model.training.ngram import ngram_losses
-from hrm_model.training.sampler import (
-    Sampler,
-    keyed_integers,
-    keyed_uniform,
-    keyed_words,
-    validation_windows,
-)
+from hrm_model.training.sampler import Sampler, validation_windows
 from hrm_model.training.shards import DatasetWriter, ShardError, open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

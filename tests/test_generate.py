@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hrm_model import HRMConfig, HRMForCausalLM
-from hrm_model.generate import N_GPT2_IDS
+from hrm_model.sampling import N_GPT2_IDS, Sampling, draw
 
 SHAPE = dict(vocab_size=50, n_embd=16, block_size=8, n_head=2, n_kv_head=1, n_input_layers=1, n_output_layers=1)
 SHAPE |= dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=1, hrm_max_steps=3)
@@ -61,29 +61,28 @@ def test_top_k_draws_only_from_the_k_likeliest(model):
 
 
 def test_repetition_penalty_always_lowers_a_seen_token():
-    from hrm_model.generate import _draw
-
     for sign in (1.0, -1.0):
-        logits = torch.full((5,), sign * 2.0)
-        logits[2] += 0.1
-        assert _draw(logits.clone(), [2], None, 0, None, 1.0, 1.0) == 2
-        assert _draw(logits.clone(), [2], None, 0, None, 1.0, 2.0) != 2
+        logits = torch.full((1, 5), sign * 2.0)
+        logits[0, 2] += 0.1
+        seen = torch.tensor([[False, False, True, False, False]])
+        assert draw(logits, None, Sampling(0.0), seen)[0] == [2]
+        assert draw(logits, None, Sampling(0.0, repetition_penalty=2.0), seen)[0] != [2]
 
 
 def test_a_stop_token_ends_its_row_only(model):
-    free = model.generate(ids([1, 2], [3, 4]), 12, temperature=1.5, seed=1, stop_token=None).tolist()
+    free = model.generate(ids([1, 2], [3, 4]), 12, temperature=1.5, seed=1, stop_tokens=None).tolist()
     stop = next(t for t in free[0][3:8] if t not in free[1])
     end = free[0].index(stop, 2)
-    out = model.generate(ids([1, 2], [3, 4]), 12, temperature=1.5, seed=1, stop_token=stop).tolist()
+    out = model.generate(ids([1, 2], [3, 4]), 12, temperature=1.5, seed=1, stop_tokens=stop).tolist()
     assert out[0][: end + 1] == free[0][: end + 1] and set(out[0][end + 1 :]) <= {50256}
     assert out[1] == free[1]
 
 
 def test_each_row_keeps_its_own_forced_depth_when_another_ends(model):
     prompts = ids([1, 2], [3, 4], [5, 6])
-    free = model.generate(prompts, 8, temperature=1.5, seed=1, force_steps=[1, 2, 3], stop_token=None).tolist()
+    free = model.generate(prompts, 8, temperature=1.5, seed=1, force_steps=[1, 2, 3], stop_tokens=None).tolist()
     stop = free[0][2]
-    out = model.generate(prompts, 8, temperature=1.5, seed=1, force_steps=[1, 2, 3], stop_token=stop).tolist()
+    out = model.generate(prompts, 8, temperature=1.5, seed=1, force_steps=[1, 2, 3], stop_tokens=stop).tolist()
     assert out[0][:3] == free[0][:3]
     for row in (1, 2):
         end = free[row].index(stop, 2) + 1 if stop in free[row][2:] else None

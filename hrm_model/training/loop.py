@@ -19,6 +19,7 @@ from ..atomic import read_json
 from ..checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
 from ..config import HRMConfig
 from ..generate import generate
+from ..keyed import DEPTH_STREAM, keyed_integers
 from ..model import HRMForCausalLM
 from ..tokenizer import get_tokenizer
 from .dashboard import draw_dashboard
@@ -31,12 +32,9 @@ from .optim import build_optimizer, clip_gradients, learning_rate
 from .provenance import RUN_FILE, add_resume, write_provenance
 from .recipes import TrainConfig
 from .rundir import find_checkpoint, make_directory
-from .sampler import Sampler, keyed_integers, validation_windows
+from .sampler import Sampler, validation_windows
 from .shards import open_dataset
 from .validation import Validation, reported_depths
-
-DEPTH_STREAM = 3
-"""Stream of the keyed random numbers that depths are drawn from; 1 is the sampler's windows, 2 the val split."""
 
 VERIFIED_TOKENS = 500_000_000
 """Up to this many training tokens the shards' sha256 are checked at the start, a second or two; beyond, their sizes."""

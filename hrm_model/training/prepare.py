@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..keyed import SPLIT_STREAM, keyed_words
 from ..tokenizer import get_tokenizer
-from .sampler import SPLIT_STREAM, keyed_words
 from .shards import (
     FORMAT_VERSION,
     MANIFEST,

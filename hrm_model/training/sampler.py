@@ -1,9 +1,7 @@
 """Which windows of text a training run sees, as a pure function of (seed, sample number).
 
-Philox-4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key (seed,
-stream) and a counter (sample number) into four 64-bit words. Nothing is remembered between samples, so a
-resumed run continues with the next number, and the order does not depend on the batch or world size. Only raw
-words are used: numpy keeps those stable across versions, unlike the distributions built on them.
+Nothing is remembered between samples, so a resumed run continues with the next number, and the order does not depend on
+the batch or world size.
 """
 
 from __future__ import annotations
@@ -17,47 +15,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from ..keyed import WINDOW_STREAM, keyed_words, scaled
 from .shards import Dataset, Split
-
-# Streams keep draws for different purposes independent: one constant for each purpose.
-WINDOW_STREAM = 1
-SPLIT_STREAM = 2
-
-
-def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:
-    """Random words of samples first..first+n-1, uint64 [n, 4]. Raises ValueError for a negative number."""
-    if first < 0:
-        raise ValueError(f"sample number {first} is negative; numbers start at 0")
-    mask = (1 << 64) - 1
-    # Philox draws its first block at counter + 1; any fixed shift will do.
-    philox = np.random.Philox(key=np.array([seed & mask, stream & mask], dtype=np.uint64), counter=first)
-    return philox.random_raw(4 * n).reshape(n, 4)
-
-
-def keyed_uniform(seed: int, sample: int, stream: int) -> float:
-    """A number in [0, 1) with 53 random bits that is a function of (seed, sample, stream)."""
-    return int(keyed_words(seed, sample, 1, stream)[0, 0] >> np.uint64(11)) * 2.0**-53
-
-
-def keyed_integers(seed: int, samples: Sequence[int], low: int, high: int, stream: int) -> np.ndarray:
-    """One integer in low..high (both included) for each sample number, int64 [len(samples)].
-
-    Each is a function of (seed, its sample number, stream), whatever else is in `samples`: with stream a
-    constant of one's own this draws a row's depth. Raises ValueError when low > high.
-    """
-    if low > high:
-        raise ValueError(f"low {low} is above high {high}; both are included, so they may be equal")
-    samples = np.asarray(samples, dtype=np.int64)
-    if len(samples) and np.array_equal(samples, np.arange(samples[0], samples[0] + len(samples))):
-        words = keyed_words(seed, int(samples[0]), len(samples), stream)[:, 0].tolist()
-    else:
-        words = [int(keyed_words(seed, i, 1, stream)[0, 0]) for i in samples.tolist()]
-    return np.array([low + _scale(word, high - low + 1) for word in words], dtype=np.int64)
-
-
-def _scale(word: int, n: int) -> int:
-    """floor(word * n / 2^64): uniform over 0..n-1 up to a bias below n / 2^64."""
-    return (word * n) >> 64
 
 
 class Sampler:
@@ -139,7 +98,7 @@ class Sampler:
         words_of = keyed_words(self.seed, first, n, WINDOW_STREAM).tolist()
         for window, words in zip(windows, words_of, strict=True):
             split = self.splits[bisect_right(self._thresholds, words[0])]
-            start = _scale(words[1], len(split) - self.block_size)
+            start = scaled(words[1], len(split) - self.block_size)
             window[:] = split.read(start, self.block_size + 1)
             _check_ids(window, self.vocab_size, split, start)
         return windows

@@ -1,0 +1,166 @@
+"""Rows on their way to an end, and where their logits come from: a cache, or a forward pass over every window.
+
+Both give the same numbers. The cache's places are taken by one row after another; what a prompt has in common with
+what a place holds, or with another row, is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import HRMCache, Work
+from .incremental import extend
+from .model import HRMForCausalLM
+from .stops import StoppedText
+
+WORTH_COPYING = 8
+"""Tokens that a prompt must have in common with another row's, beyond what its own place holds, to be copied from
+it."""
+
+
+@dataclass
+class Row:
+    """A prompt on its way."""
+
+    number: int
+    ids: list[int]
+    """Prompt and new tokens."""
+    n_prompt: int
+    key: tuple[int, int]
+    """(seed, stream) of its draws."""
+    forced: list[int]
+    """Depth for each new token, the last for all that follow; 0 lets the head decide."""
+    text: StoppedText | None
+    start: int = 0
+    """The window is the ids from here on."""
+    recomputed: bool = False
+    """Whether the window has just been cut, so that nothing computed before holds."""
+    slot: int = -1
+    """Place in the cache; -1 while it has none."""
+    kept_depth: int = 0
+    """Depth that was decided once for all tokens; 0 while none was."""
+    seen: Tensor | None = None
+    """[V] bool, tokens that are in the row; None where nobody asks."""
+
+    @property
+    def n_new(self) -> int:
+        """Tokens that were drawn."""
+        return len(self.ids) - self.n_prompt
+
+    @property
+    def window(self) -> list[int]:
+        """What the model sees of it."""
+        return self.ids[self.start :]
+
+    def depth(self) -> int:
+        """What the next token is forced to, 0 where the head decides."""
+        return self.kept_depth or self.forced[min(self.n_new, len(self.forced) - 1)]
+
+
+class Recomputing:
+    """Every token from a forward pass over its whole window.
+
+    Args:
+        options: max_steps and halt_bias, as in HRMForCausalLM.forward.
+    """
+
+    def __init__(self, model: HRMForCausalLM, options: dict):
+        self.model, self.options, self.work = model, options, Work()
+
+    def next(self, rows: list[Row]) -> tuple[Tensor, list[int]]:
+        """(logits [n, V] after each row's last token, executed steps)."""
+        windows = [row.window for row in rows]
+        sizes = [len(window) for window in windows]
+        padded = torch.tensor([window + [0] * (max(sizes) - len(window)) for window in windows])
+        model, uneven = self.model, len(set(sizes)) > 1
+        out = model(
+            padded.to(model.device),
+            lengths=sizes if uneven else None,
+            force_steps=[row.depth() for row in rows],
+            **self.options,
+        )
+        executed = out.executed_steps.tolist()
+        config = model.config
+        self.work.input += sum(sizes) * config.n_input_layers
+        self.work.core += sum(n * d for n, d in zip(sizes, executed, strict=True)) * config.blocks_per_step
+        self.work.output += sum(sizes) * config.n_output_layers
+        return out.logits[torch.arange(len(sizes)), torch.tensor(sizes) - 1], executed
+
+    def leave(self, row: Row) -> None:
+        """The row is finished."""
+
+
+class Cached:
+    """Every token from what the cache holds of its row.
+
+    Args:
+        options: max_steps and halt_bias, as in HRMForCausalLM.forward.
+    """
+
+    def __init__(self, model: HRMForCausalLM, options: dict, cache: HRMCache):
+        self.model, self.options, self.cache = model, options, cache
+        self._free = set(range(cache.rows))
+
+    @property
+    def work(self) -> Work:
+        """All that the cache's rows have cost so far."""
+        return self.cache.work
+
+    def next(self, rows: list[Row]) -> tuple[Tensor, list[int]]:
+        """(logits [n, V] after each row's last token, executed steps)."""
+        donors: dict[int, int] = {}
+        came: list[Row] = []
+        for row in rows:
+            if row.slot < 0:
+                self._settle(row, came, donors)
+                came.append(row)
+        first = [row for row in rows if row.number not in donors]
+        found = self._extend(first)
+        if donors:
+            for row in rows:
+                if row.number in donors:
+                    self.cache.copy(donors[row.number], [row.slot], _common(self.cache, donors[row.number], row.window))
+            found |= self._extend([row for row in rows if row.number in donors])
+        logits, steps = zip(*(found[row.number] for row in rows), strict=True)
+        return torch.stack(logits), list(steps)
+
+    def _settle(self, row: Row, came: list[Row], donors: dict[int, int]) -> None:
+        """Give a row the free place that holds most of it already; note where more of it lies, or will."""
+        cache, window = self.cache, row.window
+        row.slot = max(sorted(self._free), key=lambda slot: _common(cache, slot, window))
+        self._free.discard(row.slot)
+        there = {slot: _common(cache, slot, window) for slot in range(cache.rows)}
+        there |= {other.slot: _agree(other.window, window) for other in came if other.number not in donors}
+        own = there.pop(row.slot)
+        most = max(there, key=there.__getitem__, default=None)
+        if most is not None and there[most] >= own + WORTH_COPYING:
+            donors[row.number] = most
+
+    def _extend(self, rows: list[Row]) -> dict[int, tuple[Tensor, int]]:
+        new = {}
+        for row in rows:
+            window, held = row.window, self.cache.length(row.slot)
+            if row.recomputed or row.n_new == 0 or held != len(window) - 1:
+                # at least the last token is run: its logits are what is wanted
+                held = min(_common(self.cache, row.slot, window), len(window) - 1)
+                self.cache.truncate(row.slot, held)
+            new[row.slot] = window[held:]
+        out = extend(self.model, self.cache, new, force_steps=[row.depth() for row in rows], **self.options)
+        return {row.number: (out.logits[i], out.executed_steps[i]) for i, row in enumerate(rows)}
+
+    def leave(self, row: Row) -> None:
+        """The row is finished; its place may go to another."""
+        self._free.add(row.slot)
+
+
+def _agree(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _common(cache: HRMCache, slot: int, window: Sequence[int]) -> int:
+    return _agree(cache._ids[slot], window)
