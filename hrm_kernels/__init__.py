@@ -23,6 +23,7 @@ from .backend import (
     why_no_kernel,
 )
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
+from .packed import PackedWeights, linear, packed_weights
 from .past import Past, Span, Tokens
 from .reference import rope, rope_table
 from .transfer import to_device
@@ -35,6 +36,7 @@ __all__ = [
     "HRMLoop",
     "LoopResult",
     "LoopWeights",
+    "PackedWeights",
     "Past",
     "Span",
     "Tokens",
@@ -46,7 +48,9 @@ __all__ = [
     "current_backend",
     "describe",
     "halting",
+    "linear",
     "linear_cross_entropy",
+    "packed_weights",
     "qkv_rope",
     "rms_norm",
     "rope",

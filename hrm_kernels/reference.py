@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .packed import linear
 from .past import Tokens
 
 # Rows of logits alive at a time in linear_cross_entropy: 256 x 50,304 float32 is 52 MB. On two shared CPU cores 64 rows
@@ -40,7 +41,7 @@ def swiglu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
-    return swiglu_mul(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up))
+    return swiglu_mul(linear(x, w_gate, b_gate), linear(x, w_up, b_up))
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float = 1e4) -> Tensor:
@@ -86,7 +87,7 @@ def qkv_rope(
     rotary: Tensor | None = None,
 ) -> Tensor:
     b_q, b_k, b_v = biases or (None, None, None)
-    q, k, v = F.linear(x, w_q, b_q), F.linear(x, w_k, b_k), F.linear(x, w_v, b_v)
+    q, k, v = linear(x, w_q, b_q), linear(x, w_k, b_k), linear(x, w_v, b_v)
     if rotary is not None:
         head_dim = 2 * rotary.shape[-2]
         q = rope(q.unflatten(-1, (-1, head_dim)), rotary).flatten(-2)

@@ -34,6 +34,13 @@ class RMSNorm(nn.Module):
         return ops.add_rms_norm(x, branch, self.weight, self.eps, keep_sum=False)[1]
 
 
+class Linear(nn.Linear):
+    """A projection [..., C] -> [..., N]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]. With `past`, queries look at a cache's keys and
     values, to which their own are added first."""
@@ -41,15 +48,13 @@ class Attention(nn.Module):
     def __init__(self, config: HRMConfig):
         super().__init__()
         kv_dim = config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.bias)
-        self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.k_proj = Linear(config.n_embd, kv_dim, bias=config.bias)
+        self.v_proj = Linear(config.n_embd, kv_dim, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.kv_heads, config.dropout
 
-    def forward(
-        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         weights, sizes = (q.weight, k.weight, v.weight), (self.n_head, self.n_kv_head)
         biases = None if q.bias is None else (q.bias, k.bias, v.bias)
@@ -66,9 +71,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: HRMConfig):
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
-        self.down = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.gate = Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.up = Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.down = Linear(config.hidden, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,8 +86,8 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config: HRMConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.c_proj = Linear(config.hidden, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +109,9 @@ class _BlockParts(nn.Module):
         """The block's forward pass, as `recompute` has it."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self, x, rotary, lengths, use_reentrant=False, context_fn=_kernels_as_now)
-        return self(x, rotary, lengths, past)
+        if past is not None:  # a compiled block would be compiled again and again, for ever other numbers of tokens
+            return self._call_impl(x, rotary, lengths, past)
+        return self(x, rotary, lengths)
 
     def __init__(self, config: HRMConfig):
         super().__init__()
@@ -117,9 +124,7 @@ class _BlockParts(nn.Module):
 class Block(_BlockParts):
     """Pre-norm block of the input and output stacks: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def forward(
-        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
         x, normed = self.ln_2.add(x, self.attn(self.ln_1(x), rotary, lengths, past))
         return x + self.mlp(normed)
 
@@ -137,8 +142,6 @@ class ReasoningBlock(_BlockParts):
         given |= {f"{name}_bias": None if linear is None else linear.bias for name, linear in linears.items()}
         return ops.BlockWeights(norm_1=self.ln_1.weight, norm_2=self.ln_2.weight, **given)
 
-    def forward(
-        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
         x = self.ln_1.of_sum(x, self.attn(x, rotary, lengths, past))
         return self.ln_2.of_sum(x, self.mlp(x))

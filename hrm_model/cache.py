@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+import hrm_kernels as ops
+
 from .config import HRMConfig
 
 
@@ -114,6 +116,8 @@ class HRMCache:
         self.decoded = [[0] * s for _ in range(r)]
         """Of each row and depth, how many positions have gone through the output blocks."""
         self.work = Work()
+        self.packed = ops.PackedWeights()
+        """On a CPU, a copy of the weights in a faster layout, made as they are used."""
 
     def _check_room(self) -> None:
         wanted, free = self.rows * self.positions * self.bytes_per_token, free_bytes(self.device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import Attention, GeluMLP, ReasoningBlock, RMSNorm, SwiGLU
+from .blocks import Attention, GeluMLP, Linear, ReasoningBlock, RMSNorm, SwiGLU
 from .config import HRMConfig
 from .host_loop import Batch, host_loop, published_gradient
 
@@ -196,7 +196,7 @@ class HRMCore(nn.Module):
         return ops.LoopWeights(*levels, self.q_head.weight, self.q_head.bias)
 
 
-_PLAIN = {HRMCore, Level, ReasoningBlock, Attention, SwiGLU, GeluMLP, RMSNorm, nn.Linear, nn.ModuleList}
+_PLAIN = {HRMCore, Level, ReasoningBlock, Attention, SwiGLU, GeluMLP, RMSNorm, Linear, nn.Linear, nn.ModuleList}
 
 
 def _row_steps(executed: Tensor, replayed: int) -> Tensor:

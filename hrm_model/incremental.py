@@ -70,7 +70,7 @@ def extend(
     if math.isnan(halt_bias):
         raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
     try:
-        with evaluating(model):
+        with evaluating(model), ops.packed_weights(cache.packed):
             order = sorted(new)  # neighbours in the cache next to each other
             begin = {row: cache.length(row) for row in order}
             for row in order:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import Block, ReasoningBlock, RMSNorm
+from .blocks import Block, Linear, ReasoningBlock, RMSNorm
 from .config import HRMConfig
 from .core import GRADIENTS, HRMCore, Pasts
 
@@ -56,7 +56,7 @@ class HRMForCausalLM(nn.Module):
         self.hrm_core = HRMCore(config)
         self.output_blocks = nn.ModuleList(Block(config) for _ in range(config.n_output_layers))
         self.ln_f = RMSNorm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         self.reset_parameters()
@@ -164,9 +164,7 @@ class HRMForCausalLM(nn.Module):
             x_BTC = x_BTC + (self.wpe.weight[: ids_BT.shape[1]] if positions is None else self.wpe(positions))
         return F.dropout(x_BTC, self.config.dropout, self.training)
 
-    def decode(
-        self, z_H: Tensor, rotary: Tensor | None, lengths: Tensor | None, pasts: Pasts | None = None
-    ) -> Tensor:
+    def decode(self, z_H: Tensor, rotary: Tensor | None, lengths: Tensor | None, pasts: Pasts | None = None) -> Tensor:
         """Core state [B, T, C] -> output blocks -> final norm: the lm_head's input [B, T, C]."""
         for block in self.output_blocks:
             z_H = block.apply_to(z_H, rotary, lengths, None if pasts is None else next(pasts))
