@@ -133,7 +133,7 @@ class Loop:
 
     def release(self) -> None:
         """Give scratch memory and graphs back."""
-        self.core._kernels.release()
+        self.core.kernels.release()
 
 
 def why_not(name: str, core: HRMCore, x: Tensor, asked: bool) -> str | None:
@@ -141,7 +141,7 @@ def why_not(name: str, core: HRMCore, x: Tensor, asked: bool) -> str | None:
     if name in DRIVERS:
         with ops.use_backend("auto", hrm_loop=DRIVERS[name]):
             try:
-                core._kernels.driver(core.weights(), x)
+                core.kernels.driver(core.weights(), x)
             except ops.BackendError as error:
                 return str(error)
     if x.device.type != "cuda" and not asked and name not in ("published", "reference"):

@@ -19,12 +19,13 @@ from .backend import (
     describe,
     run,
     run_rope_gqa_attention,
+    runs_kernel,
     use_backend,
     why_no_kernel,
 )
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
 from .packed import PackedWeights, linear, packed_weights
-from .past import Past, Span, Tokens
+from .past import NewestTokens, Past, Span, StepPast, Tokens
 from .reference import rope, rope_table
 from .transfer import to_device
 from .version import __version__
@@ -36,9 +37,11 @@ __all__ = [
     "HRMLoop",
     "LoopResult",
     "LoopWeights",
+    "NewestTokens",
     "PackedWeights",
     "Past",
     "Span",
+    "StepPast",
     "Tokens",
     "__version__",
     "add_rms_norm",
@@ -56,6 +59,7 @@ __all__ = [
     "rope",
     "rope_gqa_attention",
     "rope_table",
+    "runs_kernel",
     "shared_casts",
     "swiglu",
     "swiglu_mul",
@@ -170,13 +174,14 @@ def rope_gqa_attention(
     return run_rope_gqa_attention(x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p)
 
 
-def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_head: int) -> Tensor:
+def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens | NewestTokens, n_head: int, n_kv_head: int) -> Tensor:
     """Causal grouped-query attention of some tokens over a cache, to which their keys and values are added first.
 
     Args:
         qkv: [1, N, (H + 2K) * D] from `qkv_rope`, of the tokens in their order. Forward only.
         kv: [R, P, 2, K, D] of qkv's dtype, dense; written at the tokens' places, and nowhere else.
-        tokens: which they are. Positions before a token's own must be there already, or be among the tokens.
+        tokens: which they are; NewestTokens are for the kernel alone. Positions before a token's own must be there
+            already, or be among the tokens.
     Returns:
         [1, N, H*D].
     """

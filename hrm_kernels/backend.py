@@ -198,6 +198,12 @@ def chosen(op: str, *args) -> tuple[str, Callable]:
     return "reference", getattr(reference, op)
 
 
+def runs_kernel(op: str, x: Tensor) -> bool:
+    """Whether `op` would be given to its Triton kernel for tensors like x, as far as device and settings go."""
+    setting = _setting(op)
+    return setting == "triton" or (setting == "auto" and x.is_cuda and why_no_kernel(op, x.device) is None)
+
+
 def _asked_for(op: str, setting: str, reason: str, remedy: str = "'auto' or 'reference'") -> str:
     what = f"backend {setting!r} was asked for, but {op}:" if setting in MODES else f"{op}={setting} was asked for, but"
     return f"{what} {reason}; use {remedy}"

@@ -101,15 +101,16 @@ def cached_attention(qkv: Tensor, kv: Tensor, tokens, n_head: int, n_kv_head: in
     rank("kv", kv, "R P 2 K D")
     n_rows, n_positions, _, _, head_dim = kv.shape
     shape("kv", kv, (n_rows, n_positions, 2, n_kv_head, head_dim), f"with {n_kv_head} key/value heads")
-    shape("qkv", qkv, (1, len(tokens), (n_head + 2 * n_kv_head) * head_dim), "for these tokens and heads")
+    shape("qkv", qkv, (1, tokens.size, (n_head + 2 * n_kv_head) * head_dim), "for these tokens and heads")
     if qkv.dtype != kv.dtype:
         raise ValueError(f"qkv is {qkv.dtype} and the cache {kv.dtype}; make it under the same autocast and dtype")
     if not kv.is_contiguous():
         raise ValueError("kv is not dense; it is written in place, so give the cache itself")
     if tokens.n_positions != n_positions:
         raise ValueError(f"tokens are of a cache of {tokens.n_positions} positions, kv has {n_positions}")
-    if tokens.spans and (tokens.longest > n_positions or max(span.row for span in tokens.spans) >= n_rows):
-        raise ValueError(f"tokens {tokens.spans} lie outside a cache of {n_rows} rows x {n_positions} positions")
+    spans = getattr(tokens, "spans", ())
+    if spans and (tokens.longest > n_positions or max(span.row for span in spans) >= n_rows):
+        raise ValueError(f"tokens {spans} lie outside a cache of {n_rows} rows x {n_positions} positions")
     same_device(qkv, kv=kv)
 
 

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from . import backend, checks, drivers, tuning
 from .autocast import compute_dtype
 from .scratch import Scratch
+
+if TYPE_CHECKING:
+    from .past import StepPast
 
 MOST_SHAPES = 8
 """Shapes of batches whose captured graphs a loop keeps, the latest. They share one piece of memory."""
@@ -134,6 +137,7 @@ class HRMLoop:
         keep_before: bool = False,
         dropout_p: float = 0.0,
         driver: str = "host",
+        past: StepPast | None = None,
     ) -> LoopResult:
         """Step row r until its decision or limit[r] steps.
 
@@ -146,6 +150,8 @@ class HRMLoop:
             halt_bias: added to q_halt. dropout_p: of attention weights and branch outputs, drawn anew in every step.
             keep_before: of rows that halt by decision return the state before their last step, to run it again.
             driver: "host", "graph" or "while"; see drivers.py. All give the same bits.
+            past: x [R, 1, C] are new tokens, one a row of this cache, which is read and written in place; a row whose
+                limit is 0 has none.
 
         Raises:
             ValueError: an argument of the wrong shape or out of range, before anything is launched.
@@ -167,7 +173,7 @@ class HRMLoop:
                 torch.cuda.current_stream(x.device).wait_event(self._done)
             try:
                 return self._run(
-                    weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver
+                    weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver, past
                 )
             finally:
                 if x.is_cuda:
@@ -177,7 +183,7 @@ class HRMLoop:
                     self._done = stream.record_event()
 
     def _run(
-        self, weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver
+        self, weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver, past
     ) -> LoopResult:
         from .kernels.hrm_step import step
 
@@ -186,12 +192,12 @@ class HRMLoop:
         space = shape.space
         space.fill(x, init_H, init_L, rotary, lengths, sizes.dropout_p)
         books = space.books
-        steps = drivers.Steps(lambda: step(space, weights, sizes), books.n_active, max(limit), any(may_halt))
+        steps = drivers.Steps(lambda: step(space, weights, sizes, past), books.n_active, max(limit), any(may_halt))
         if driver == "host":
             books.open(limit, may_halt)
             drivers.host(steps)
         else:
-            graph = shape.graph(driver, steps, weights, sizes)
+            graph = shape.graph(driver, steps, weights, sizes, past)
             books.open(limit, may_halt)
             graph.run()
         halted = books.halted.bool()
@@ -259,12 +265,12 @@ class _Shape:
         self.space = space
         self._graphs: OrderedDict[tuple, drivers.Graph] = OrderedDict()
 
-    def graph(self, driver: str, steps: drivers.Steps, weights: LoopWeights, sizes) -> drivers.Graph:
-        """The graph of `steps`, captured if there is none with these weights' addresses yet."""
+    def graph(self, driver: str, steps: drivers.Steps, weights: LoopWeights, sizes, past) -> drivers.Graph:
+        """The graph of `steps`, captured if there is none with these addresses of weights and cache yet."""
         from .kernels.launch import power_of_2, precision
 
         tensors = [t for block in (*weights.L, *weights.H) for t in block if t is not None]
-        addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias))
+        addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias, *(past or ())))
         most = None
         if driver == "graph":
             most = power_of_2(steps.most)  # so that calls of changing depth share one

@@ -40,7 +40,9 @@ class Tokens:
         """These spans of a cache."""
         return cls(tuple(spans), n_positions, device)
 
-    def __len__(self) -> int:
+    @cached_property
+    def size(self) -> int:
+        """N."""
         return sum(span.size for span in self.spans)
 
     @cached_property
@@ -89,9 +91,41 @@ class Tokens:
         return torch.arange(self.longest, device=self.device) <= self.position[:, None]
 
 
+@dataclass(frozen=True)
+class NewestTokens:
+    """One token of each of some rows of a cache, which only the device knows: for kernels that a CUDA graph holds."""
+
+    row: Tensor
+    """[N] int64, each row once."""
+    position: Tensor
+    """[N] int64, in its row; -1: there is no such token, nothing is computed or written for it."""
+    n_positions: int
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.row.shape[0]
+
+
 class Past(NamedTuple):
     """A block application's keys and values, and the tokens whose own are to be added."""
 
     kv: Tensor
     """[R, P, 2, K, D]: rows, positions, keys and values, heads, channels."""
-    tokens: Tokens
+    tokens: Tokens | NewestTokens
+
+
+class StepPast(NamedTuple):
+    """What the cache holds for the steps of the loop, for one new token a row. S steps, A block applications in each, R
+    rows, P positions, K heads of D channels. Every step reads and writes it."""
+
+    kv: Tensor
+    """[S, A, R, P, 2, K, D]"""
+    z_H: Tensor
+    """[S, R, P, C], after each step."""
+    z_L: Tensor
+    """[R, P, C], after the latest."""
+    sums: Tensor
+    """[S, R, C] float32 or float64: of z_H over the positions before the new one; over all of them afterwards."""
+    position: Tensor
+    """[R] int64, of the new token of each row."""

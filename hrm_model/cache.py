@@ -15,15 +15,19 @@ does that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import hrm_kernels as ops
 
 from .config import HRMConfig
+
+if TYPE_CHECKING:
+    from .newest import NewestDecoder
 
 
 @dataclass
@@ -116,6 +120,7 @@ class HRMCache:
         self.decoded = [[0] * s for _ in range(r)]
         """Of each row and depth, how many positions have gone through the output blocks."""
         self.work = Work()
+        self._decoder: tuple[NewestDecoder | None] | None = None
         self.packed = ops.PackedWeights()
         """On a CPU, a copy of the weights in a faster layout, made as they are used."""
 
@@ -141,6 +146,19 @@ class HRMCache:
     def length(self, row: int) -> int:
         """How many they are."""
         return len(self._ids[row])
+
+    def append(self, new: Mapping[int, Sequence[int]]) -> None:
+        """Note ids at the ends of rows; what is computed of them is hrm_model/incremental.py's."""
+        for row, ids in new.items():
+            self._ids[row] += ids
+
+    def decoder(self, model) -> NewestDecoder | None:
+        """What starts new tokens without waiting, where kernels do; made once."""
+        if self._decoder is None:
+            from .newest import NewestDecoder
+
+            self._decoder = (NewestDecoder.of(model, self),)
+        return self._decoder[0]
 
     def clear(self, row: int) -> None:
         """Forget a row, to give its place to another sequence."""

@@ -71,7 +71,7 @@ class HRMCore(nn.Module):
         self.L_init = nn.Parameter(torch.empty(config.n_embd))
         self.q_head = nn.Linear(config.n_embd, 2)
         sizes = config.n_head, config.kv_heads, config.hrm_H_cycles, config.hrm_L_cycles, config.eps
-        self._kernels = ops.HRMLoop(*sizes)
+        self.kernels = ops.HRMLoop(*sizes)
 
     def step(
         self, x: Tensor, z_H: Tensor, z_L: Tensor, rotary: Tensor | None, lengths: Tensor | None,
@@ -148,12 +148,12 @@ class HRMCore(nn.Module):
         """
         batch = batch.one_less() if before_last else batch
         with torch.no_grad():
-            why_not = self._why_not_plain()
+            why_not = self.why_not_plain()
             weights = self.weights() if why_not is None else None
-            driver = self._kernels.driver(weights, batch.x, why_not)
+            driver = self.kernels.driver(weights, batch.x, why_not)
             if driver is None:
                 return host_loop(self, batch, before_last)
-            return self._kernels.run(
+            return self.kernels.run(
                 weights, batch.x, self.H_init, self.L_init, batch.rotary, batch.lengths, batch.limit, batch.may_halt,
                 batch.halt_bias, keep_before=before_last, dropout_p=self.config.dropout if self.training else 0.0,
                 driver=driver,
@@ -177,7 +177,7 @@ class HRMCore(nn.Module):
             halted = found.halted | (halt & may_halt.bool())
         return CoreOutput(z_H, q, executed, halted, _row_steps(found.executed, len(executed)))
 
-    def _why_not_plain(self) -> str | None:
+    def why_not_plain(self) -> str | None:
         """The loop's kernels see parameters, not modules: the reason if that would leave something out, else None."""
         for name, module in self.named_modules():
             if type(module) not in _PLAIN:
@@ -187,7 +187,7 @@ class HRMCore(nn.Module):
         return None
 
     def _apply(self, fn, recurse=True):
-        self._kernels.release()  # parameters are about to move, or to change their type
+        self.kernels.release()  # parameters are about to move, or to change their type
         return super()._apply(fn, recurse)
 
     def weights(self) -> ops.LoopWeights:

@@ -7,6 +7,7 @@ the whole window (`recomputed` says where). `drop_oldest` drops more at once, so
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,10 @@ def _run(
     limits: _Limits,
 ) -> Iterator[Event]:
     waiting, active = deque(rows), []
+
+    def draw_now(rows: list[Row], logits: Tensor) -> Tensor:
+        return _draw(rows, logits, sampling, limits)
+
     while waiting or active:
         while waiting and len(active) < places:
             active.append(waiting.popleft())
@@ -187,10 +192,13 @@ def _run(
             if row.recomputed:
                 row.start = len(row.ids) - limits.window + (limits.drop_oldest - 1 if row.n_new else 0)
         with evaluating(model):
-            logits, steps = engine.next(active)
-        tokens, logprobs = _draw(active, logits, sampling, limits)
+            tokens, logprobs, steps = engine.next(active, draw_now)
+        if not all(map(math.isfinite, logprobs)):
+            raise ValueError(
+                f"the model's logits are not finite (log-probabilities {logprobs}); its weights are damaged"
+            )
         events = [
-            _event(row, token, logprob, executed, limits)
+            _event(row, int(token), logprob, executed, limits)
             for row, token, logprob, executed in zip(active, tokens, logprobs, steps, strict=True)
         ]
         for row, event in zip(active, events, strict=True):
@@ -200,7 +208,7 @@ def _run(
         yield from events
 
 
-def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) -> tuple[list[int], list[float]]:
+def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) -> Tensor:
     uniform, seen, forbidden = None, None, None
     if sampling.temperature:
         uniform = [keyed_uniform(row.key[0], row.n_new, row.key[1]) for row in rows]

@@ -24,6 +24,7 @@ from hrm_kernels import Past, Span, Tokens
 
 from .cache import HRMCache
 from .model import HRMForCausalLM, checked_depths
+from .newest import NewestDecoder, Started
 
 
 @dataclass
@@ -38,8 +39,6 @@ class Extended:
     """Whether by the head's decision."""
 
 
-@torch.no_grad()
-@ops.shared_casts()
 def extend(
     model: HRMForCausalLM,
     cache: HRMCache,
@@ -59,34 +58,107 @@ def extend(
     Raises:
         ValueError: an argument out of range, before anything is changed. After any other exception the rows are empty.
     """
-    _check(model, cache, new)
-    max_steps = model.config.hrm_max_steps if max_steps is None else max_steps
-    forced = checked_depths(force_steps, max_steps, len(new))
-    if max(forced) > cache.max_steps or (max_steps > cache.max_steps and 0 in forced):
-        raise ValueError(
-            f"{max(max_steps, *forced)} steps are more than the cache's max_steps {cache.max_steps}; make it with more"
-        )
-    halt_bias = model.config.halt_bias if halt_bias is None else halt_bias
-    if math.isnan(halt_bias):
-        raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
-    try:
-        with evaluating(model), ops.packed_weights(cache.packed):
-            order = sorted(new)  # neighbours in the cache next to each other
-            begin = {row: cache.length(row) for row in order}
-            for row in order:
-                cache._ids[row] += new[row]
-            _read(model, cache, [Span(row, begin[row], cache.length(row)) for row in order])
-            limits = {row: (forced[i] or max_steps, forced[i] == 0 and max_steps > 1) for i, row in enumerate(new)}
-            depth, halted = _reason(model, cache, order, limits, halt_bias)
-            logits = _write(model, cache, {row: depth[row] for row in order})
-    except BaseException:
-        for row in new:
-            cache.clear(row)
-        raise
-    place = [order.index(row) for row in new]
-    if place != list(range(len(place))):
-        logits = logits[torch.tensor(place, device=logits.device)]
-    return Extended(logits, [depth[row] for row in new], [row in halted for row in new])
+    return Extending(model, cache, new, max_steps=max_steps, force_steps=force_steps, halt_bias=halt_bias).finish()[0]
+
+
+class Extending:
+    """`extend` in two parts, for callers who queue work of their own on the logits before they wait for the device.
+
+    Where kernels decode (newest.py), the first part queues everything and waits for nothing; else it does it all.
+    """
+
+    logits: Tensor
+    """[n, V] in `new`'s order; those of some rows may be made again by `finish`."""
+
+    def __init__(self, model: HRMForCausalLM, cache: HRMCache, new: Mapping[int, Sequence[int]], **options):
+        self._model, self._cache, self._new = model, cache, new
+        self._limits, self._halt_bias = _checked(model, cache, new, **options)
+        self._done: Extended | None = None
+        with self._undoing():
+            decoder = cache.decoder(model) if all(len(ids) == 1 for ids in new.values()) else None
+            if decoder is None:
+                self._done = self._all_at_once()
+                self.logits = self._done.logits
+            else:
+                self._started = self._queue(decoder)
+                self.logits = self._started.logits[list(new)]
+
+    def finish(self, beside: Tensor | None = None) -> tuple[Extended, list | None, list[int]]:
+        """Wait for the device.
+
+        Args:
+            beside: [any, n], read in the same transfer.
+        Returns:
+            (the result, what was in `beside`, places among `new` whose logits were made again).
+        """
+        if self._done is not None:
+            return self._done, None if beside is None else beside.tolist(), []
+        with self._undoing():
+            return self._settle(beside)
+
+    @contextmanager
+    def _undoing(self):
+        """Whatever happens, rows are whole or empty."""
+        try:
+            with torch.no_grad(), ops.shared_casts(), evaluating(self._model), ops.packed_weights(self._cache.packed):
+                yield
+        except BaseException:
+            for row in self._new:
+                self._cache.clear(row)
+            raise
+
+    def _all_at_once(self) -> Extended:
+        model, cache, new = self._model, self._cache, self._new
+        order = sorted(new)  # neighbours in the cache next to each other
+        begin = {row: cache.length(row) for row in order}
+        cache.append(new)
+        _read(model, cache, [Span(row, begin[row], cache.length(row)) for row in order])
+        depth, halted = _reason(model, cache, dict.fromkeys(order, 0), self._limits, self._halt_bias)
+        logits = _write(model, cache, {row: depth[row] for row in order})
+        if order != list(new):
+            logits = logits[[order.index(row) for row in new]]
+        return Extended(logits, [depth[row] for row in new], [row in halted for row in new])
+
+    def _queue(self, decoder: NewestDecoder) -> Started:
+        cache, new = self._cache, self._new
+        # earlier tokens have run so many steps; a row that goes deeper waits for them in `finish`
+        self._ready = {row: sum(n == cache.length(row) for n in cache.done[row]) for row in new}
+        limits = {row: min(limit, self._ready[row]) for row, (limit, _) in self._limits.items()}
+        may_halt = {row: may for row, (_, may) in self._limits.items()}
+        started = decoder.start({row: ids[0] for row, ids in new.items()}, limits, may_halt, self._halt_bias)
+        cache.append(new)
+        return started
+
+    def _settle(self, beside: Tensor | None) -> tuple[Extended, list | None, list[int]]:
+        model, cache, rows = self._model, self._cache, list(self._new)
+        told = torch.stack((self._started.executed, self._started.halted.long()))[:, rows]
+        if beside is not None:
+            told = torch.cat((told.to(torch.float64), beside.to(torch.float64)))
+        executed, halted, *beside_told = told.tolist()
+        depth = {row: int(n) for row, n in zip(rows, executed, strict=True)}
+        halted = {row for row, yes in zip(rows, halted, strict=True) if yes}
+        for row in rows:
+            for s in range(depth[row]):
+                cache.done[row][s] = cache.length(row)
+        cache.work.input += len(rows) * len(model.input_blocks)
+        cache.work.core += sum(depth.values()) * cache.config.blocks_per_step
+        deeper = {row: depth[row] for row in rows if row not in halted and depth[row] < self._limits[row][0]}
+        if deeper:
+            found, also_halted = _reason(model, cache, deeper, self._limits, self._halt_bias)
+            depth |= found
+            halted |= also_halted
+        again = [row for row in rows if row in deeper or cache.decoded[row][depth[row] - 1] < cache.length(row) - 1]
+        for row in rows:
+            if row not in again:
+                cache.decoded[row][depth[row] - 1] = cache.length(row)
+        cache.work.output += (len(rows) - len(again)) * len(model.output_blocks)
+        places = [rows.index(row) for row in again]
+        logits = self.logits
+        if again:
+            logits = logits.clone()
+            logits[places] = _write(model, cache, {row: depth[row] for row in again})
+        result = Extended(logits, [depth[row] for row in rows], [row in halted for row in rows])
+        return result, beside_told if beside is not None else None, places
 
 
 @contextmanager
@@ -102,10 +174,14 @@ def evaluating(model: torch.nn.Module):
             model.train()
 
 
-def _check(model: HRMForCausalLM, cache: HRMCache, new: Mapping[int, Sequence[int]]) -> None:
+def _checked(
+    model: HRMForCausalLM, cache: HRMCache, new: Mapping[int, Sequence[int]], *, max_steps=None, force_steps=None,
+    halt_bias=None,
+) -> tuple[dict[int, tuple[int, bool]], float]:  # fmt: skip
+    """(row -> steps after which it is done and whether it may be earlier, halting bias)."""
+    config = model.config
     if not new:
         raise ValueError("no rows to extend; give at least one")
-    vocab_size = model.config.vocab_size
     for row, ids in new.items():
         if row not in range(cache.rows):
             raise ValueError(f"row {row} is outside 0..{cache.rows - 1}, the cache's rows")
@@ -114,11 +190,22 @@ def _check(model: HRMForCausalLM, cache: HRMCache, new: Mapping[int, Sequence[in
         if cache.length(row) + len(ids) > cache.positions:
             raise ValueError(
                 f"row {row} holds {cache.length(row)} tokens and gets {len(ids)} more; the cache has {cache.positions} "
-                f"positions: drop the oldest, by a row of the newest alone"
+                f"positions: clear it and give the newest alone"
             )
         for token in (min(ids), max(ids)):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"token id {token} is outside 0..{vocab_size - 1} (vocab_size {vocab_size})")
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"token id {token} is outside 0..{config.vocab_size - 1} (vocab_size {config.vocab_size})"
+                )
+    max_steps = config.hrm_max_steps if max_steps is None else max_steps
+    forced = checked_depths(force_steps, max_steps, len(new))
+    deepest = max(n or max_steps for n in forced)
+    if deepest > cache.max_steps:
+        raise ValueError(f"{deepest} steps are more than the cache's max_steps {cache.max_steps}; make it with more")
+    halt_bias = config.halt_bias if halt_bias is None else halt_bias
+    if math.isnan(halt_bias):
+        raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
+    return {row: (n or max_steps, n == 0 and max_steps > 1) for row, n in zip(new, forced, strict=True)}, halt_bias
 
 
 def _read(model: HRMForCausalLM, cache: HRMCache, spans: list[Span]) -> None:
@@ -130,39 +217,39 @@ def _read(model: HRMForCausalLM, cache: HRMCache, spans: list[Span]) -> None:
     for block, kv in zip(model.input_blocks, cache.kv_input, strict=True):
         x = block.apply_to(x, rotary, None, Past(kv, tokens))
     _put(cache.x, tokens, x)
-    cache.work.input += len(tokens) * len(model.input_blocks)
+    cache.work.input += tokens.size * len(model.input_blocks)
 
 
 def _reason(
-    model: HRMForCausalLM, cache: HRMCache, rows: list[int], limits: Mapping[int, tuple[int, bool]], halt_bias: float
-) -> tuple[dict[int, int], set[int]]:
-    """Steps until every row is done: row -> its depth, and the rows that decided it. `limits`: row -> the steps after
-    which it is done, and whether it may be earlier."""
-    core = model.hrm_core
-    depth, halted, live = {}, set(), rows
-    tokens = None
-    for s in range(max(limit for limit, _ in limits.values())):
-        spans = [Span(row, cache.done[row][s], cache.length(row)) for row in live]
-        if tokens is None or list(tokens.spans) != spans:
+    model: HRMForCausalLM, cache: HRMCache, start: Mapping[int, int], limits: Mapping[int, tuple[int, bool]],
+    halt_bias: float,
+) -> tuple[dict[int, int], set[int]]:  # fmt: skip
+    """Steps until every row of `start` (row -> steps that it has run) is done: row -> its depth, and the rows that
+    decided it. limits: row -> the steps after which it is done, and whether it may be earlier."""
+    core, depth, halted, tokens = model.hrm_core, {}, set(), None
+    for s in range(min(start.values()), max(limits[row][0] for row in start)):
+        live = [row for row in start if start[row] <= s and row not in depth]
+        if not live:
+            continue
+        spans = tuple(Span(row, cache.done[row][s], cache.length(row)) for row in live)
+        if tokens is None or tokens.spans != spans:
             tokens = Tokens.of(spans, cache.positions, cache.device)
             rotary, x = _rotary(cache, tokens), _get(cache.x, tokens)
             z_H, z_L = (_get(cache.z_H[s - 1], tokens), _get(cache.z_L, tokens)) if s else core.initial_state(x)
-        pasts = (Past(kv, tokens) for kv in cache.kv_core[s])
-        z_H, z_L = core.step(x, z_H, z_L, rotary, None, pasts)
+        z_H, z_L = core.step(x, z_H, z_L, rotary, None, (Past(kv, tokens) for kv in cache.kv_core[s]))
         _put(cache.z_H[s], tokens, z_H)
         _put(cache.z_L, tokens, z_L)
         cache.sums[s].index_add_(0, tokens.row, z_H[0].to(cache.sums.dtype))
         for row in live:
             cache.done[row][s] = cache.length(row)
-        cache.work.core += len(tokens) * cache.config.blocks_per_step
+        cache.work.core += tokens.size * cache.config.blocks_per_step
         decided = set()
         if any(limits[row][1] for row in live):
             halt = _decisions(model, cache, s, live, halt_bias)
             decided = {row for row, now in zip(live, halt, strict=True) if now and limits[row][1]}
         halted |= decided
         depth |= {row: s + 1 for row in live if row in decided or limits[row][0] == s + 1}
-        live = [row for row in live if row not in depth]
-        if not live:
+        if len(depth) == len(start):
             break
     return depth, halted
 
@@ -185,7 +272,7 @@ def _write(model: HRMForCausalLM, cache: HRMCache, depth: Mapping[int, int]) -> 
     tokens = Tokens.of(spans, cache.positions, cache.device)
     pasts = (Past(kv, tokens) for kv in cache.kv_output)
     h = model.decode(_get(cache.z_H, tokens), _rotary(cache, tokens), None, pasts)
-    cache.work.output += len(tokens) * len(model.output_blocks)
+    cache.work.output += tokens.size * len(model.output_blocks)
     return model.lm_head(h[0, tokens.last])
 
 

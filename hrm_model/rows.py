@@ -6,14 +6,14 @@ what a place holds, or with another row, is not computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cache import HRMCache, Work
-from .incremental import extend
+from .incremental import Extending
 from .model import HRMForCausalLM
 from .stops import StoppedText
 
@@ -61,6 +61,10 @@ class Row:
         return self.kept_depth or self.forced[min(self.n_new, len(self.forced) - 1)]
 
 
+Draw = Callable[[list[Row], Tensor], Tensor]
+"""(rows, their logits [n, V]) -> [2, n]: tokens and log-probabilities."""
+
+
 class Recomputing:
     """Every token from a forward pass over its whole window.
 
@@ -71,8 +75,8 @@ class Recomputing:
     def __init__(self, model: HRMForCausalLM, options: dict):
         self.model, self.options, self.work = model, options, Work()
 
-    def next(self, rows: list[Row]) -> tuple[Tensor, list[int]]:
-        """(logits [n, V] after each row's last token, executed steps)."""
+    def next(self, rows: list[Row], draw: Draw) -> tuple[list[float], list[float], list[int]]:
+        """(tokens, log-probabilities, executed steps), one of each row."""
         windows = [row.window for row in rows]
         sizes = [len(window) for window in windows]
         padded = torch.tensor([window + [0] * (max(sizes) - len(window)) for window in windows])
@@ -88,7 +92,8 @@ class Recomputing:
         self.work.input += sum(sizes) * config.n_input_layers
         self.work.core += sum(n * d for n, d in zip(sizes, executed, strict=True)) * config.blocks_per_step
         self.work.output += sum(sizes) * config.n_output_layers
-        return out.logits[torch.arange(len(sizes)), torch.tensor(sizes) - 1], executed
+        tokens, logprobs = draw(rows, out.logits[torch.arange(len(sizes)), torch.tensor(sizes) - 1]).tolist()
+        return tokens, logprobs, executed
 
     def leave(self, row: Row) -> None:
         """The row is finished."""
@@ -110,47 +115,59 @@ class Cached:
         """All that the cache's rows have cost so far."""
         return self.cache.work
 
-    def next(self, rows: list[Row]) -> tuple[Tensor, list[int]]:
-        """(logits [n, V] after each row's last token, executed steps)."""
+    def next(self, rows: list[Row], draw: Draw) -> tuple[list[float], list[float], list[int]]:
+        """(tokens, log-probabilities, executed steps), one of each row."""
         donors: dict[int, int] = {}
         came: list[Row] = []
         for row in rows:
             if row.slot < 0:
                 self._settle(row, came, donors)
                 came.append(row)
-        first = [row for row in rows if row.number not in donors]
-        found = self._extend(first)
+        found = self._extend([row for row in rows if row.number not in donors], draw)
         if donors:
-            for row in rows:
-                if row.number in donors:
-                    self.cache.copy(donors[row.number], [row.slot], _common(self.cache, donors[row.number], row.window))
-            found |= self._extend([row for row in rows if row.number in donors])
-        logits, steps = zip(*(found[row.number] for row in rows), strict=True)
-        return torch.stack(logits), list(steps)
+            followers = [row for row in rows if row.number in donors]
+            for row in followers:
+                donor = donors[row.number]
+                self.cache.copy(donor, [row.slot], self._common(donor, row.window))
+            found |= self._extend(followers, draw)
+        tokens, logprobs, executed = zip(*(found[row.number] for row in rows), strict=True)
+        return tokens, logprobs, executed
 
     def _settle(self, row: Row, came: list[Row], donors: dict[int, int]) -> None:
         """Give a row the free place that holds most of it already; note where more of it lies, or will."""
         cache, window = self.cache, row.window
-        row.slot = max(sorted(self._free), key=lambda slot: _common(cache, slot, window))
+        row.slot = max(sorted(self._free), key=lambda slot: self._common(slot, window))
         self._free.discard(row.slot)
-        there = {slot: _common(cache, slot, window) for slot in range(cache.rows)}
+        there = {slot: self._common(slot, window) for slot in range(cache.rows)}
         there |= {other.slot: _agree(other.window, window) for other in came if other.number not in donors}
         own = there.pop(row.slot)
         most = max(there, key=there.__getitem__, default=None)
         if most is not None and there[most] >= own + WORTH_COPYING:
             donors[row.number] = most
 
-    def _extend(self, rows: list[Row]) -> dict[int, tuple[Tensor, int]]:
+    def _extend(self, rows: list[Row], draw: Draw) -> dict[int, tuple[float, float, int]]:
+        """Of each row by its number: token, log-probability, executed steps."""
         new = {}
         for row in rows:
             window, held = row.window, self.cache.length(row.slot)
             if row.recomputed or row.n_new == 0 or held != len(window) - 1:
                 # at least the last token is run: its logits are what is wanted
-                held = min(_common(self.cache, row.slot, window), len(window) - 1)
+                held = min(self._common(row.slot, window), len(window) - 1)
                 self.cache.truncate(row.slot, held)
             new[row.slot] = window[held:]
-        out = extend(self.model, self.cache, new, force_steps=[row.depth() for row in rows], **self.options)
-        return {row.number: (out.logits[i], out.executed_steps[i]) for i, row in enumerate(rows)}
+        forced = [row.depth() for row in rows]
+        work = Extending(self.model, self.cache, new, force_steps=forced, **self.options)
+        result, drawn, again = work.finish(draw(rows, work.logits))
+        if again:
+            redrawn = draw([rows[i] for i in again], result.logits[again]).tolist()
+            for place, *values in zip(again, *redrawn, strict=True):
+                drawn[0][place], drawn[1][place] = values
+        numbers = [row.number for row in rows]
+        return dict(zip(numbers, zip(*drawn, result.executed_steps, strict=True), strict=True))
+
+    def _common(self, slot: int, window: Sequence[int]) -> int:
+        """Tokens that a place holds and a window begins with."""
+        return _agree(self.cache.ids(slot), window)
 
     def leave(self, row: Row) -> None:
         """The row is finished; its place may go to another."""
@@ -160,7 +177,3 @@ class Cached:
 def _agree(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens both begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _common(cache: HRMCache, slot: int, window: Sequence[int]) -> int:
-    return _agree(cache._ids[slot], window)

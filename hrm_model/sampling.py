@@ -67,24 +67,23 @@ class Sampling:
 
 def draw(
     logits: Tensor,
-    uniform: Sequence[float],
+    uniform: Sequence[float] | None,
     sampling: Sampling,
     seen: Tensor | None = None,
     forbidden: Tensor | None = None,
-) -> tuple[list[int], list[float]]:
-    """One token for each row.
+) -> Tensor:
+    """One token for each row, without waiting for the device.
 
     Args:
         logits: [B, V], any float dtype. uniform: a number in [0, 1) for each row; not looked at when greedy.
         seen: [B, V] bool, tokens that the penalty lowers. forbidden: [B, V] bool, tokens not to be drawn now.
     Returns:
-        (tokens, log-probabilities in nats): the latter before penalty, temperature and filters, so that they are the
-        model's own. The only wait for the device.
+        float32 [2, B]: tokens (below 2^24, so float32 carries them exactly), and log-probabilities in nats before
+        penalty, temperature and filters: the model's own. nan where the logits are not finite.
     """
     logits = logits.float()
     if logits.shape[1] > N_GPT2_IDS:
         logits = logits[:, :N_GPT2_IDS]
-    total = logits.logsumexp(-1)
     scores = logits
     if seen is not None and sampling.repetition_penalty != 1.0:
         p = sampling.repetition_penalty
@@ -96,12 +95,8 @@ def draw(
         chosen = scores.argmax(-1)
     else:
         chosen = _sampled(scores, torch.tensor(uniform, dtype=torch.float32).to(scores.device), sampling)
-    logprobs = logits.gather(1, chosen[:, None])[:, 0] - total
-    # an id is below 2^24, so float32 carries it exactly, and one transfer does
-    tokens, logprobs = torch.stack((chosen.float(), logprobs)).tolist()
-    if not all(math.isfinite(value) for value in logprobs):
-        raise ValueError(f"the model's logits are not finite (log-probabilities {logprobs}); its weights are damaged")
-    return [int(token) for token in tokens], logprobs
+    logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+    return torch.stack((chosen.float(), logprobs))
 
 
 def _sampled(scores: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

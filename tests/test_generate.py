@@ -65,8 +65,8 @@ def test_repetition_penalty_always_lowers_a_seen_token():
         logits = torch.full((1, 5), sign * 2.0)
         logits[0, 2] += 0.1
         seen = torch.tensor([[False, False, True, False, False]])
-        assert draw(logits, None, Sampling(0.0), seen)[0] == [2]
-        assert draw(logits, None, Sampling(0.0, repetition_penalty=2.0), seen)[0] != [2]
+        assert draw(logits, None, Sampling(0.0), seen)[0].item() == 2
+        assert draw(logits, None, Sampling(0.0, repetition_penalty=2.0), seen)[0].item() != 2
 
 
 def test_a_stop_token_ends_its_row_only(model):

@@ -71,7 +71,7 @@ def batch(core: HRMCore, n_rows: int, n_tokens: int, seed: int = 1, **options) -
 def in_kernels(
     core: HRMCore, b: Batch, before_last: bool = False, driver: str = "host", dropout_p=0.0
 ) -> ops.LoopResult:
-    return core._kernels.run(
+    return core.kernels.run(
         core.weights(), b.x, core.H_init, core.L_init, b.rotary, b.lengths, b.limit, b.may_halt, b.halt_bias,
         keep_before=before_last, dropout_p=dropout_p, driver=driver,
     )  # fmt: skip
@@ -352,7 +352,7 @@ def test_dropout_follows_torchs_seed_and_is_drawn_anew_in_every_step_and_block()
 
 def test_scratch_memory_is_allocated_once_and_shared_by_shapes():
     model = core()
-    loop, sizes = model._kernels, [(3, 9), (2, 5), (3, 9), (1, 1), (2, 5)]
+    loop, sizes = model.kernels, [(3, 9), (2, 5), (3, 9), (1, 1), (2, 5)]
     expected = {size: on_host(model, batch(model, *size)) for size in sizes}
     addresses = set()
     for size in sizes:
@@ -404,7 +404,7 @@ def test_a_model_is_copied_and_pickled_without_its_loops_memory():
     b = batch(model, 2, 5)
     expected = in_kernels(model, b)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other._kernels._scratch.nbytes == 0 and not any("kernels" in key for key in other.state_dict())
+        assert other.kernels._scratch.nbytes == 0 and not any("kernels" in key for key in other.state_dict())
         assert_same(in_kernels(other, b), expected)
 
 
@@ -595,11 +595,11 @@ def test_weights_that_do_not_fit_are_refused(name, size):
     b = batch(model, 2, 5)
     arguments = b.x, model.H_init, model.L_init, b.rotary, None, b.limit, b.may_halt
     with record() as launches, pytest.raises(ValueError, match=f"a block's {name} has shape {re.escape(str(size))}"):
-        model._kernels.run(weights, *arguments)
+        model.kernels.run(weights, *arguments)
     with pytest.raises(ValueError, match="a block's k_bias is missing"):
-        model._kernels.run(good._replace(L=(good.L[0]._replace(k_bias=None),)), *arguments)
+        model.kernels.run(good._replace(L=(good.L[0]._replace(k_bias=None),)), *arguments)
     with pytest.raises(ValueError, match="driver 'device' is none of host, graph, while"):
-        model._kernels.run(good, *arguments, driver="device")
+        model.kernels.run(good, *arguments, driver="device")
     assert not launches
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import in_autocast
-from . import attention, halting, hrm_step, linear_cross_entropy, qkv_rope, rms_norm, swiglu
+from . import attention, cached_attention, halting, hrm_step, linear_cross_entropy, qkv_rope, rms_norm, swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,6 +83,10 @@ def _attention(qkv, n_head, n_kv_head, lengths, dropout_p):
     return _head_dim(qkv.shape[-1] // (n_head + 2 * n_kv_head)) or _dtype(qkv=qkv)
 
 
+def _cached_attention(qkv, kv, tokens, n_head, n_kv_head):
+    return _head_dim(kv.shape[-1]) or _dtype(qkv=qkv)
+
+
 def _rope_gqa_attention(x, w_q, w_k, w_v, biases, rotary, n_head, n_kv_head, lengths, dropout_p):
     return _head_dim(w_q.shape[0] // n_head) or _qkv_rope(x, w_q, w_k, w_v, biases, rotary)
 
@@ -125,6 +129,7 @@ KERNELS = {
     "swiglu_mul": Kernel(swiglu.swiglu_mul, _swiglu_mul),
     "qkv_rope": Kernel(qkv_rope.qkv_rope, _qkv_rope),
     "attention": Kernel(attention.attention, _attention),
+    "cached_attention": Kernel(cached_attention.cached_attention, _cached_attention),
     # what qkv_rope and attention run as where both are Triton's: one op with one backward pass
     "rope_gqa_attention": Kernel(attention.rope_gqa_attention, _rope_gqa_attention),
     "linear_cross_entropy": Kernel(linear_cross_entropy.linear_cross_entropy, _linear_cross_entropy),

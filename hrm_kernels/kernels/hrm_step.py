@@ -26,8 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..loop import BlockWeights, LoopWeights
+from ..past import StepPast
 from ..tuning import tile
 from .attention import start_attention
+from .cached_attention import start_step_attention
 from .halting import Books, keep_books
 from .launch import Rows, cdiv, launch, power_of_2
 from .linear import start_linear
@@ -159,6 +161,8 @@ class Space:
     """[B, T, F]"""
     seed: Tensor
     """[1] int64, of this call's dropout."""
+    mean: Tensor
+    """[B, 1, C] float32, what the head scores where most of a row is in a cache."""
     before_H: Tensor | None = None
     """[B, T, C] state of each row before the last step that it ran, if that is to be kept."""
     before_L: Tensor | None = None
@@ -190,7 +194,8 @@ class Space:
             sizes["rotary"] = tuple(rotary.shape), torch.float32
         if lengths is not None:
             sizes["lengths"] = (n_rows,), torch.int64
-        return sizes | {"seed": ((1,), torch.int64)} | Books.sizes(x)
+        sizes |= {"seed": ((1,), torch.int64), "mean": ((n_rows, 1, c), torch.float32)}
+        return sizes | Books.sizes(x)
 
     def fill(self, x, init_H, init_L, rotary, lengths, dropout_p: float) -> None:
         """A new batch: every position of every row at the initial states [C]."""
@@ -205,8 +210,32 @@ class Space:
             self.seed.random_(2**31 - 1)
 
 
-def step(space: Space, weights: LoopWeights, sizes: Sizes) -> None:
-    """One step of every row that goes on. Nothing is allocated and nobody waits: a CUDA graph can capture it."""
+@triton.jit
+def _keep(
+    z_H_ptr, z_L_ptr, all_H_ptr, all_L_ptr, sums_ptr, mean_ptr, position_ptr, active_ptr, n_active_ptr, executed_ptr,
+    R, P, C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store a row's newest state in the cache; mean = of z_H over all positions of the row after this step."""
+    if tl.program_id(0) >= tl.load(n_active_ptr):
+        return
+    row = tl.load(active_ptr + tl.program_id(0)).to(tl.int64)
+    plane = tl.load(executed_ptr + row) * R + row
+    position = tl.load(position_ptr + row)
+    channel = tl.arange(0, BLOCK_C)
+    mask = channel < C
+    z_H = tl.load(z_H_ptr + row * C + channel, mask, other=0.0)
+    z_L = tl.load(z_L_ptr + row * C + channel, mask, other=0.0)
+    tl.store(all_H_ptr + (plane * P + position) * C + channel, z_H, mask)
+    tl.store(all_L_ptr + (row * P + position) * C + channel, z_L, mask)
+    total = tl.load(sums_ptr + plane * C + channel, mask, other=0.0)
+    total += z_H.to(total.dtype)
+    tl.store(sums_ptr + plane * C + channel, total, mask)
+    tl.store(mean_ptr + row * C + channel, (total / (position + 1).to(total.dtype)).to(tl.float32), mask)
+
+
+def step(space: Space, weights: LoopWeights, sizes: Sizes, past: StepPast | None = None) -> None:
+    """One step of every row that goes on. Nothing is allocated and nobody waits: a CUDA graph can capture it. With
+    `past` a row is its newest token, T is 1, and what precedes it comes from the cache, which is kept up."""
     books = space.books
     which = Rows(space.lengths, books.active, books.n_active)
     n_rows, n_tokens, _ = space.x.shape
@@ -215,7 +244,7 @@ def step(space: Space, weights: LoopWeights, sizes: Sizes) -> None:
     def level(blocks, then: int, state: Tensor | None, other: Tensor | None) -> None:
         for i, block in enumerate(blocks):
             last = i == len(blocks) - 1
-            _block(space, block, sizes, which, counter, then if last else IN_BLOCK, state, other)
+            _block(space, block, sizes, which, counter, then if last else IN_BLOCK, state, other, past)
 
     block_m, options = _rows_at_once(space.x)
     flat = [None if t is None else t.view(n_rows * n_tokens, -1) for t in (space.x, space.z_H, space.z_L, space.u)]
@@ -230,14 +259,26 @@ def step(space: Space, weights: LoopWeights, sizes: Sizes) -> None:
             level(weights.L, L_AGAIN, None, space.z_H)
         level(weights.L, L_TO_H, space.z_L, space.z_H)
         level(weights.H, H_TO_L if h < sizes.H_cycles - 1 else DONE, space.z_H, space.z_L)
-    keep_books(space.z_H, weights.q, weights.q_bias, sizes.halt_bias, space.lengths, books)
+    scored = space.z_H
+    if past is not None:
+        scored, c = space.mean, space.x.shape[2]
+        launch(
+            _keep, (n_rows,),
+            space.z_H, space.z_L, *past[1:4], scored, past.position, books.active, books.n_active, books.executed,
+            n_rows, past.z_L.shape[1], C=c, BLOCK_C=power_of_2(c), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    keep_books(scored, weights.q, weights.q_bias, sizes.halt_bias, space.lengths, books)
+
+
+DRAWS = 3
+"""Dropouts of a block: of attention weights and of its two branches."""
 
 
 class _Counter:
     """Numbers the dropouts of a step, so that each draws its own."""
 
     def __init__(self, n_blocks: int):
-        self.total, self.next = 3 * n_blocks, 0
+        self.total, self.next = DRAWS * n_blocks, 0
 
     def __call__(self) -> tuple[int, int]:
         """(number, how many there are)."""
@@ -245,7 +286,9 @@ class _Counter:
         return self.next - 1, self.total
 
 
-def _block(space: Space, block: BlockWeights, sizes: Sizes, which: Rows, counter, then: int, state, other) -> None:
+def _block(
+    space: Space, block: BlockWeights, sizes: Sizes, which: Rows, counter, then: int, state, other, past
+) -> None:
     """One block from space.u, by way of space.v, to space.u (and `state`)."""
     n_rows, n_tokens, _ = space.x.shape
     m = n_rows * n_tokens
@@ -254,10 +297,17 @@ def _block(space: Space, block: BlockWeights, sizes: Sizes, which: Rows, counter
     )
     projections, biases = (block.q, block.k, block.v), (block.q_bias, block.k_bias, block.v_bias)
     start_projection(u, projections, biases, space.rotary, qkv, n_tokens, which)
-    start_attention(
-        space.qkv, space.seed, space.heads, None, sizes.n_head, sizes.n_kv_head, sizes.dropout_p, which,
-        space.books.executed, *counter(),
-    )  # fmt: skip
+    number, draws = counter()
+    if past is None:
+        start_attention(
+            space.qkv, space.seed, space.heads, None, sizes.n_head, sizes.n_kv_head, sizes.dropout_p, which,
+            space.books.executed, number, draws,
+        )  # fmt: skip
+    else:
+        start_step_attention(
+            space.qkv, past, space.heads, sizes.n_head, sizes.n_kv_head, which, space.books.executed,
+            number // DRAWS, draws // DRAWS,
+        )  # fmt: skip
     start_linear(heads, block.o, block.o_bias, branch, n_tokens, which)
     _start_add_norm(space, u, branch, block.norm_1, v, sizes, which, counter)
     if block.gate is None:
