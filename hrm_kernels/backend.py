@@ -127,6 +127,11 @@ def as_now() -> contextlib.AbstractContextManager:
     return again()
 
 
+def choices() -> tuple[str, frozenset[tuple[str, str]]]:
+    """All that use_backend has set, to notice when it changes."""
+    return _mode, frozenset(_overrides.items())
+
+
 def current_backend() -> str:
     """The mode in force: "auto", "reference" or "triton"."""
     return _mode

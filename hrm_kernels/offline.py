@@ -30,12 +30,19 @@ import hrm_kernels as ops
 from . import autocast
 from .backend import INTERPRETED
 from .loop import BlockWeights, LoopWeights
+from .past import NewestTokens, Span, StepPast, Tokens
 from .tuning import SHARED_KB, assume
 
 BASE = {"width": 448, "n_head": 8, "n_kv_head": 4, "hidden": 1792, "vocab": 50304}
 """The base model: 82.77 M parameters."""
 
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
 _TYPES |= {torch.int32: "i32", torch.int8: "i8"}
 
 
@@ -111,7 +118,33 @@ def launches(dtype: torch.dtype, rows: int, tokens: int, shape: dict[str, int]) 
             space = Space.of({name: tensor(*size, of=of) for name, (size, of) in needs.items()}, start)
             # two cycles each: everything that can follow the end of a level
             step(space, LoopWeights((block,), (block,), *head), Sizes(h, k, 2, 2, 1e-5, 0.35, dropout_p))
+        with torch.no_grad():
+            decode(x, dtype, plain, head, h, k, d)
     return found
+
+
+def decode(
+    x: Tensor, dtype: torch.dtype, block: BlockWeights, head: tuple[Tensor, Tensor], h: int, k: int, d: int
+) -> None:
+    """Start what decoding over a cache does, for rows as many and as long as x's."""
+    from .kernels.hrm_step import Sizes, Space, step
+
+    (rows, tokens, c), device = x.shape, x.device
+
+    def tensor(*size: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=of, device=device)
+
+    kv, index = tensor(rows, tokens, 2, k, d), tensor(rows, of=torch.int64)
+    newest = tensor(1, rows, (h + 2 * k) * d)
+    ops.cached_attention(newest, kv, NewestTokens(index, index, tokens), h, k)
+    last = Tokens.of([Span(row, tokens - 1, tokens) for row in range(rows)], tokens, device)
+    ops.cached_attention(newest, kv, last, h, k)
+    one = tensor(rows, 1, c)
+    needs = Space.sizes(one, dtype, block, tensor(rows, 1, d // 2, 2, of=torch.float32), None, False)
+    space = Space.of({name: tensor(*size, of=of) for name, (size, of) in needs.items()}, one)
+    sums = tensor(2, rows, c, of=torch.float64)
+    past = StepPast(tensor(2, 4, *kv.shape), tensor(2, *x.shape), tensor(*x.shape), sums, index)
+    step(space, LoopWeights((block,), (block,), *head), Sizes(h, k, 1, 1, 1e-5, 0.35, 0.0), past)
 
 
 def specialised(launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:

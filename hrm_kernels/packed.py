@@ -1,8 +1,8 @@
 """Weights in the layout that a CPU multiplies fastest, for passes that use them many times and do not change them.
 
-A token's worth of products reads each weight once, so its layout is what counts: with oneDNN's own, a block of the base
-model takes about 0.6 of the time for one token and 0.4 for two to sixteen (two shared CPU cores; bench/generate.py shows
-both). The copies take as much memory as the weights.
+A token's worth of products reads each weight once, so its layout is what counts: with oneDNN's own, the products of a
+block of the base model take about 0.6 of the time for one token and 0.4 for two to sixteen (two shared CPU cores). The
+copies take as much memory as the weights.
 """
 
 from __future__ import annotations

@@ -107,6 +107,8 @@ def attention(
 
 
 def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_head: int) -> Tensor:
+    if not isinstance(tokens, Tokens):
+        raise ValueError(f"{type(tokens).__name__} are for the kernel; give the reference Tokens, which the host knows")
     n_rows, n_positions = kv.shape[:2]
     head_dim = kv.shape[-1]
     q, new = qkv[0].split((n_head * head_dim, 2 * n_kv_head * head_dim), dim=-1)

@@ -37,7 +37,8 @@ attention            half     any   99  128   64    0     8      3  4 warps woul
 attention            float32  any  227   64   32    0     8      2
 attention            float32  any   99   32   32    0     4      2  64 x 32 would spill on sm_80
 cached_attention     half     any   99    0   64    0     4      3  a token's heads and 64 keys at a time
-cached_attention     float32  any   99    0   32    0     4      2
+cached_attention     float32  any  227    0   32    0     4      2
+cached_attention     float32  any   99    0   16    0     4      2  32 would spill on sm_80
 attention_dq         half     any   99   64   64    0     4      3
 attention_dq         float32  any   99   32   32    0     8      2  4 warps would spill
 attention_dkv        half     any   99   32   64    0     4      3  64 x 64 would spill with dropout

@@ -120,7 +120,7 @@ class HRMCache:
         self.decoded = [[0] * s for _ in range(r)]
         """Of each row and depth, how many positions have gone through the output blocks."""
         self.work = Work()
-        self._decoder: tuple[NewestDecoder | None] | None = None
+        self._decoders: dict[tuple, NewestDecoder | None] = {}
         self.packed = ops.PackedWeights()
         """On a CPU, a copy of the weights in a faster layout, made as they are used."""
 
@@ -153,12 +153,13 @@ class HRMCache:
             self._ids[row] += ids
 
     def decoder(self, model) -> NewestDecoder | None:
-        """What starts new tokens without waiting, where kernels do; made once."""
-        if self._decoder is None:
+        """What starts new tokens without waiting, where kernels do; made once for each choice of kernels."""
+        choices = ops.choices()
+        if choices not in self._decoders:
             from .newest import NewestDecoder
 
-            self._decoder = (NewestDecoder.of(model, self),)
-        return self._decoder[0]
+            self._decoders[choices] = NewestDecoder.of(model, self)
+        return self._decoders[choices]
 
     def clear(self, row: int) -> None:
         """Forget a row, to give its place to another sequence."""

@@ -33,6 +33,7 @@ SMALL = {
     "qkv": Tile(16, 32, 32, 4, 1),
     "linear": Tile(16, 32, 32, 4, 1),
     "attention": Tile(32, 16, 0, 4, 1),
+    "cached_attention": Tile(0, 16, 0, 4, 1),
     "attention_dq": Tile(16, 32, 0, 4, 1),
     "attention_dkv": Tile(32, 16, 0, 4, 1),
     "attention_wide": Tile(16, 16, 0, 4, 1),

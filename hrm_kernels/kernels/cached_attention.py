@@ -39,18 +39,21 @@ def _attend(
         row = plane.to(tl.int64) * R + token
     else:
         row = tl.load(row_ptr + token).to(tl.int64)
-    position = tl.load(position_ptr + token)
-    if position < 0:  # no token
-        return
-    position = position.to(tl.int32)
+    position = tl.load(position_ptr + token).to(tl.int32)
     group: tl.constexpr = N_HEAD // N_KV
+    # the heads that share these keys, as rows of a tile: enough for a matrix instruction
+    head = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, D_PAD)
+    out_ptrs = out_ptr + token.to(tl.int64) * (N_HEAD * D) + (kv * group + head[:, None]) * D + d[None, :]
+    there = (head < group)[:, None] & (d < D)[None, :]
+    if position < 0:  # no token
+        tl.store(out_ptrs, tl.zeros((BLOCK_M, D_PAD), out_ptr.dtype.element_ty), there)
+        return
     kv_stride: tl.constexpr = 2 * N_KV * D
     qkv_stride: tl.constexpr = (N_HEAD + 2 * N_KV) * D
     mine = qkv_ptr + token.to(tl.int64) * qkv_stride
     k_ptr = kv_ptr + row * P * kv_stride + kv * D
     v_ptr = k_ptr + N_KV * D
-    # the heads that share these keys, as rows of a tile: enough for a matrix instruction
-    head = tl.arange(0, BLOCK_M)
     q = _load(mine + kv * group * D, head, group, D, D, D_PAD)
     acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
     top = tl.full((BLOCK_M,), -1.0e30, tl.float32)
@@ -67,7 +70,6 @@ def _attend(
         D, D_PAD, BLOCK_N, True, False, PRECISION,
     )  # fmt: skip
     if ADD:
-        d = tl.arange(0, D_PAD)
         k = tl.load(mine + (N_HEAD + kv) * D + d, d < D, other=0.0)
         v = tl.load(mine + (N_HEAD + N_KV + kv) * D + d, d < D, other=0.0)
         at = position.to(tl.int64) * kv_stride + d
@@ -78,10 +80,7 @@ def _attend(
         shrink, p = tl.exp2(top - new_top), tl.exp2(s - new_top)
         acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)[None, :]
         total = total * shrink + p
-    out = acc / total[:, None]
-    d = tl.arange(0, D_PAD)[None, :]
-    out_ptrs = out_ptr + token.to(tl.int64) * (N_HEAD * D) + (kv * group + head[:, None]) * D + d
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), (head < group)[:, None] & (d < D))
+    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), there)
 
 
 def _start(qkv, kv, out, row, position, add, which, executed, n_head, n_kv_head, application=0, applications=1) -> None:

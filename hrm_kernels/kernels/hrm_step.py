@@ -265,7 +265,7 @@ def step(space: Space, weights: LoopWeights, sizes: Sizes, past: StepPast | None
         launch(
             _keep, (n_rows,),
             space.z_H, space.z_L, *past[1:4], scored, past.position, books.active, books.n_active, books.executed,
-            n_rows, past.z_L.shape[1], C=c, BLOCK_C=power_of_2(c), num_warps=4, num_stages=1,
+            n_rows, past.z_L.shape[1], C=c, BLOCK_C=power_of_2(c), num_warps=1, num_stages=1,
         )  # fmt: skip
     keep_books(scored, weights.q, weights.q_bias, sizes.halt_bias, space.lengths, books)
 
