@@ -1,0 +1,7 @@
+"""python -m hrm_model: the command `hrm`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

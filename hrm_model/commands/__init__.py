@@ -1,0 +1,1 @@
+"""Commands of `hrm`, one module each: HELP, add_arguments(parser), run(args)."""

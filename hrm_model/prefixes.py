@@ -1,0 +1,217 @@
+"""What every prefix of a text decides, from one unroll.
+
+Attention is causal, so a position's state after s steps is the same in every prefix that holds it. One pass of all S
+steps therefore shows each prefix ..t what it would see alone:
+
+    q[t, s]        = q_head(mean over u <= t of z_H[u] after step s) = [halt, continue]
+    executed[t]    = first s with q_halt + bias > q_continue, else S
+    nll[t]         = -log p(token t + 1), decoded from the states after executed[t] steps
+
+This is what generation does at each position, and no token is predicted with a look at what follows it ("causal
+protocol"). A depth that one decision over the whole row gives does look: the row's later tokens are in its mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hrm_kernels as ops
+
+from .config import END_OF_TEXT
+
+# Rows of logits alive at a time: 128 x 50,304 float32 is 26 MB.
+LOGIT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The prefixes ..t of a text, t = 0..T-1. S steps at most. On the model's device."""
+
+    executed: Tensor
+    """[T] int64, 1..S: the steps that the model takes when it has read the tokens up to t."""
+    halted: Tensor
+    """[T] bool: whether it stopped by decision; else it ran into S."""
+    margins: Tensor
+    """[T, S] float32, in units of q: q_halt + halt_bias - q_continue after each step. Positive means halt. Steps
+    after executed[t] are what the head would say had the model gone on."""
+    nll: Tensor
+    """[T-1] float32, nats: -log p(token t + 1 | tokens up to t), at the depth that this prefix decides."""
+    next_log_probs: Tensor
+    """[min(V, 50257)] float32, nats: log p of each id after the whole text, at its depth."""
+
+    def cpu(self) -> Prefixes:
+        """The same on the CPU."""
+        return Prefixes(*(t.cpu() for t in vars(self).values()))
+
+
+@torch.no_grad()
+@ops.shared_casts()
+def prefixes(model, ids: Tensor, *, max_steps: int | None = None, halt_bias: float | None = None) -> Prefixes:
+    """Every prefix's own decision, and the text's loss by the causal protocol.
+
+    executed[t] is what model(ids[None, :t + 1]) executes in eval mode. The cost is one unroll of S steps, the
+    output blocks once for each depth in use, and the head once a position; S x T x V logits are never held, nor the
+    states of more than one step.
+
+    Args:
+        model: an HRMForCausalLM; it is put in eval mode, and its training mode restored afterwards.
+        ids: [T] int64 token ids, 1 <= T <= block_size.
+        max_steps, halt_bias: as in HRMForCausalLM.forward in eval mode. With max_steps 1 nothing is decided.
+
+    Raises:
+        ValueError: an argument out of range, or an id that no text has (the embedding's padding); the message names
+            the value, the limit and the remedy.
+    """
+    config = model.config
+    max_steps = config.hrm_max_steps if max_steps is None else max_steps
+    halt_bias = config.halt_bias if halt_bias is None else halt_bias
+    n_ids = min(config.vocab_size, END_OF_TEXT + 1)
+    _check(ids, config.block_size, n_ids, max_steps, halt_bias)
+    was_training = model.training
+    model.eval()
+    try:
+        return _unroll(model, ids.to(model.device, torch.int64), n_ids, max_steps, halt_bias)
+    finally:
+        model.train(was_training)
+
+
+def _unroll(model, ids: Tensor, n_ids: int, max_steps: int, halt_bias: float) -> Prefixes:
+    core, n_tokens, device = model.hrm_core, len(ids), ids.device
+    rotary = model.rotary(n_tokens)
+    x = model.embed(ids[None])
+    for block in model.input_blocks:
+        x = block.apply_to(x, rotary, None)
+
+    executed = torch.full((n_tokens,), max_steps, dtype=torch.int64, device=device)
+    halted = torch.zeros(n_tokens, dtype=torch.bool, device=device)
+    margins = torch.empty(n_tokens, max_steps, dtype=torch.float32, device=device)
+    nll = torch.empty(n_tokens - 1, dtype=torch.float32, device=device)
+    next_log_probs = torch.empty(n_ids, dtype=torch.float32, device=device)
+    z_H, z_L = core.initial_state(x)
+    for step in range(1, max_steps + 1):
+        z_H, z_L = core.step(x, z_H, z_L, rotary, None)
+        q, halt = core.q_values(_cumulative_mean(z_H[0])[:, None], halt_bias, None)
+        margins[:, step - 1] = q[:, 0] + halt_bias - q[:, 1]
+        if step < max_steps:
+            stops = halt & ~halted
+        else:  # who has not stopped by now runs into the limit; where there is one step only, no decision counts
+            stops, halt = ~halted, halt & (max_steps > 1)
+        executed[stops] = step
+        halted |= halt
+        rows = stops.nonzero().flatten()
+        if len(rows):
+            # A prefix decodes every position from its own depth's states; later positions are of no use to it.
+            end = int(rows[-1]) + 1
+            h = model.decode(z_H[:, :end], None if rotary is None else rotary[:end], None)[0]
+            _score(model, h, rows, ids, n_ids, nll, next_log_probs)
+    return Prefixes(executed, halted, margins, nll, next_log_probs)
+
+
+def _cumulative_mean(z: Tensor) -> Tensor:
+    """[T, C] -> [T, C]: row t is the mean of rows 0..t, which a sum of 512 float32 terms would blur."""
+    wide = z.dtype if z.device.type == "mps" else torch.float64  # mps has no float64
+    counts = torch.arange(1, len(z) + 1, device=z.device, dtype=wide)
+    means = z.to(wide).cumsum(0) / counts[:, None]
+    return means.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _score(model, h: Tensor, rows: Tensor, ids: Tensor, n_ids: int, nll: Tensor, next_log_probs: Tensor) -> None:
+    """Fill in what positions `rows` predict. Ids that only pad the vocabulary get no probability."""
+    for part in rows.split(LOGIT_ROWS):
+        log_probs = model.lm_head(h[part])[:, :n_ids].float().log_softmax(-1)
+        inner = part[part < len(ids) - 1]
+        targets = ids[inner + 1]
+        nll[inner] = -log_probs[: len(inner)].gather(1, targets[:, None])[:, 0]
+        if len(inner) < len(part):
+            next_log_probs.copy_(log_probs[-1])
+
+
+def _check(ids: Tensor, block_size: int, n_ids: int, max_steps: int, halt_bias: float) -> None:
+    if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids must be [T] int64, one text; got {tuple(ids.shape)} {ids.dtype}")
+    if len(ids) == 0:
+        raise ValueError("the text has no tokens; give at least one")
+    if len(ids) > block_size:
+        raise ValueError(f"text of {len(ids)} tokens is over block_size {block_size}; cut or window it")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= n_ids:
+        bad = low if low < 0 else high
+        raise ValueError(f"token id {bad} is outside 0..{n_ids - 1}, the ids that a text of this model can have")
+    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+        raise ValueError(f"max_steps {max_steps!r} must be an integer of at least 1")
+    if math.isnan(halt_bias):
+        raise ValueError("halt_bias is nan; give a number (inf halts after one step, -inf never)")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a text that was read afresh."""
+
+    ids: list[int]
+    """The tokens, at most block_size."""
+    prefixes: Prefixes
+    """Its prefixes, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text in consecutive windows, with what the model decided while it read.
+
+    Its N predictions are every token but each window's first, which is given, and the token after the text.
+    """
+
+    windows: Sequence[Window]
+    """At least one."""
+    max_steps: int
+    """S."""
+    halt_bias: float
+    """In units of q."""
+
+    def n_tokens(self) -> int:
+        """Tokens of the text."""
+        return sum(len(w.ids) for w in self.windows)
+
+    def depths(self) -> np.ndarray:
+        """[N] int64: the steps taken for each prediction, in the text's order."""
+        return np.concatenate(self._of_predictions("executed"))
+
+    def histogram(self) -> np.ndarray:
+        """[S] int64: how many predictions took 1, 2, .. S steps."""
+        return np.bincount(self.depths(), minlength=self.max_steps + 1)[1:]
+
+    def surprisal(self) -> np.ndarray:
+        """[N-1] float32, nats: of every predicted token of the text."""
+        return np.concatenate([w.prefixes.nll.numpy() for w in self.windows])
+
+    def rank_correlation(self) -> float | None:
+        """Spearman's correlation between a token's surprisal and the steps taken to predict it, -1..1; None where
+        one of them is constant or there are fewer than two tokens."""
+        ranks = [_ranks(self.depths()[:-1]), _ranks(self.surprisal())]
+        if len(ranks[0]) < 2 or min(np.ptp(r) for r in ranks) == 0:
+            return None
+        return float(np.corrcoef(*ranks)[0, 1])
+
+    def margin_band(self) -> np.ndarray | None:
+        """[3, S] float64: mean, 10th and 90th percentile of the margin after each step, over the predictions; None
+        where the bias is infinite, and with it every margin."""
+        if math.isinf(self.halt_bias):
+            return None
+        margins = np.concatenate(self._of_predictions("margins")).astype(np.float64)
+        return np.stack([margins.mean(0), *np.percentile(margins, (10, 90), axis=0)])
+
+    def _of_predictions(self, name: str) -> list[np.ndarray]:
+        *inner, last = (getattr(w.prefixes, name).numpy() for w in self.windows)
+        return [*(values[:-1] for values in inner), last]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[place]
