@@ -81,7 +81,8 @@ class Extending:
                 self.logits = self._done.logits
             else:
                 self._started = self._queue(decoder)
-                self.logits = self._started.logits[list(new)]
+                self._rows = ops.to_device(torch.tensor(list(new), device="cpu"), cache.device)
+                self.logits = self._started.logits[self._rows]
 
     def finish(self, beside: Tensor | None = None) -> tuple[Extended, list | None, list[int]]:
         """Wait for the device.
@@ -122,8 +123,8 @@ class Extending:
     def _queue(self, decoder: NewestDecoder) -> Started:
         cache, new = self._cache, self._new
         # earlier tokens have run so many steps; a row that goes deeper waits for them in `finish`
-        self._ready = {row: sum(n == cache.length(row) for n in cache.done[row]) for row in new}
-        limits = {row: min(limit, self._ready[row]) for row, (limit, _) in self._limits.items()}
+        ready = {row: sum(n == cache.length(row) for n in cache.done[row]) for row in new}
+        limits = {row: min(limit, ready[row]) for row, (limit, _) in self._limits.items()}
         may_halt = {row: may for row, (_, may) in self._limits.items()}
         started = decoder.start({row: ids[0] for row, ids in new.items()}, limits, may_halt, self._halt_bias)
         cache.append(new)
@@ -131,9 +132,9 @@ class Extending:
 
     def _settle(self, beside: Tensor | None) -> tuple[Extended, list | None, list[int]]:
         model, cache, rows = self._model, self._cache, list(self._new)
-        told = torch.stack((self._started.executed, self._started.halted.long()))[:, rows]
+        told = torch.stack((self._started.executed, self._started.halted.long()))[:, self._rows]
         if beside is not None:
-            told = torch.cat((told.to(torch.float64), beside.to(torch.float64)))
+            told = torch.cat((told.float(), beside))  # whole numbers below 2^24 stay what they are
         executed, halted, *beside_told = told.tolist()
         depth = {row: int(n) for row, n in zip(rows, executed, strict=True)}
         halted = {row for row, yes in zip(rows, halted, strict=True) if yes}

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hrm_kernels import to_device
+
 from .config import END_OF_TEXT
 
 N_GPT2_IDS = END_OF_TEXT + 1
@@ -94,7 +96,7 @@ def draw(
     if sampling.temperature == 0:
         chosen = scores.argmax(-1)
     else:
-        chosen = _sampled(scores, torch.tensor(uniform, dtype=torch.float32).to(scores.device), sampling)
+        chosen = _sampled(scores, to_device(torch.tensor(uniform, dtype=torch.float32), scores.device), sampling)
     logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
     return torch.stack((chosen.float(), logprobs))
 

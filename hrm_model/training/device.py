@@ -69,7 +69,7 @@ def choose_kernels(fused: str, device: torch.device) -> str:
     if set(chosen.values()) == {"reference"}:
         if fused == "off":
             return "reference for every op (--fused takes kernels where there are any)"
-        return f"--fused: {next(iter(missing.values()), f'auto takes none on {device.type}')}; the reference trains"
+        return f"--fused: {next(iter(missing.values()), f'auto takes none on {device.type}')}; the reference runs"
     how = "without --fused" if fused == "off" else "--fused"
     return f"{how}: {', '.join(f'{op}={name}' for op, name in chosen.items())}"
 
