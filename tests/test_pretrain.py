@@ -169,7 +169,7 @@ def test_a_tracker_that_fails_warns_and_is_left_out(flags, tmp_path, monkeypatch
 
 def test_fused_on_a_machine_without_a_gpu_says_so_and_trains(flags):
     printed = start(*flags, "--fused", env=COMPILING).communicate()[0]
-    assert "Triton kernels need a CUDA device, or a CPU with TRITON_INTERPRET=1; the reference trains" in printed
+    assert "Triton kernels need a CUDA device, or a CPU with TRITON_INTERPRET=1; the reference runs" in printed
 
 
 def test_fused_training_follows_the_same_curve(flags, tmp_path):

@@ -15,6 +15,8 @@ from parity import COMPILING
 from bench.hrm_step import main as hrm_step_main
 from bench.ops import main as ops_main
 from hrm_kernels.offline import main as offline_main
+from hrm_model.cli import COMMANDS
+from hrm_model.cli import main as hrm_main
 from hrm_model.training.flags import field_docs
 from hrm_model.training.recipes import TrainConfig
 from train.prepare import main as prepare_main
@@ -53,6 +55,9 @@ def test_every_flag_it_names_exists(capsys):
     for command in (hrm_step_main, ops_main, offline_main):
         with pytest.raises(SystemExit):
             command(["--help"])
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            hrm_main([name, "--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     known |= {"--" + name.replace("_", "-") for name in field_docs(TrainConfig)} | {"--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
@@ -77,8 +82,9 @@ def test_every_command_runs_as_it_stands(tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (tmp_path / "bin" / "python").chmod(0o755)
+    for name, arguments in (("python", ""), ("hrm", "-m hrm_model ")):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments}"$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
     environment = COMPILING | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
     outputs = {}
