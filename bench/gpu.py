@@ -5,7 +5,7 @@
     python bench/gpu.py                             # all parts, the most valuable first
 
 A  kernels against float64, the loop on all three drivers, the GPU tests; bench/ops.py
-B  bench/hrm_step.py, bench/train_step.py
+B  bench/train_step.py, bench/hrm_step.py, bench/generate.py
 C  200 steps of the base recipe on the local corpus, with kernels and without: losses and times, one plot
 D  compute-sanitizer, memcheck and racecheck, on the loop and on each op at small sizes
 
@@ -70,6 +70,7 @@ def parts(out: Path) -> dict[str, list[Command]]:
         "B": [
             Command("train_step", [python, "bench/train_step.py", "--save"]),
             Command("hrm_step", [*loop, "--batch-sizes", "64", "--tokens", "512", "--plot", str(out / "hrm_step.png")]),
+            Command("generate", [python, "bench/generate.py", "--seconds", "1", "--plot", str(out / "generate.png")]),
             Command("hrm_step small", [*loop, "--batch-sizes", "1", "8", "64", "--tokens", "1", "64"]),
         ],
         "C": [train("eager"), train("fused", "--fused=require")],

@@ -15,8 +15,8 @@ SHAPE |= dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=2, hr
 
 @torch.no_grad()
 def thinker(seed: int = 0, dtype: torch.dtype = torch.float64, **shape) -> HRMForCausalLM:
-    """A model whose decided depth goes up and down as a row grows. Its matrices are small enough that rounding errors do
-    not grow from block to block, and its head looks away from what all rows have in common after a step: that would
+    """A model whose decided depth goes up and down as a row grows. Its matrices are small enough that rounding errors
+    do not grow from block to block, and its head looks away from what all rows have in common after a step: that would
     decide for every row alike."""
     torch.manual_seed(seed)
     made = HRMForCausalLM(HRMConfig(**SHAPE | shape)).double()

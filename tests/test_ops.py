@@ -89,6 +89,95 @@ def test_attention_is_causal_grouped_softmax(n_kv_head):
             assert torch.allclose(out[:, t, h], (weights @ v[:, : t + 1])[:, 0], atol=1e-10)
 
 
+CACHED = {
+    "a token of each of neighbouring rows": [(1, 4, 5), (2, 4, 5), (3, 4, 5)],
+    "the same, rows of different lengths": [(0, 2, 3), (1, 6, 7), (2, 0, 1), (3, 4, 5)],
+    "a token of rows that are no neighbours": [(0, 3, 4), (3, 5, 6)],
+    "in another order": [(3, 5, 6), (2, 5, 6), (0, 1, 2)],
+    "one token of one row": [(2, 6, 7)],
+    "a first token": [(1, 0, 1)],
+    "whole rows": [(0, 0, 7), (1, 0, 3), (3, 0, 1)],
+    "the rest of rows": [(1, 3, 7), (0, 1, 3), (2, 6, 7)],
+    "all together": [(3, 0, 5), (2, 2, 6), (0, 4, 5)],
+}
+"""(row, begin, end) of the tokens, in a cache of 4 rows x 7 positions."""
+
+
+@pytest.mark.parametrize("n_kv_head, head_dim", [(1, 6), (2, 7), (4, 2)])
+@pytest.mark.parametrize("spans", CACHED.values(), ids=CACHED)
+def test_cached_attention_is_causal_grouped_softmax_over_what_a_row_holds(spans, n_kv_head, head_dim):
+    n_head, n_rows, n_positions = 4, 4, 7
+    tokens = ops.Tokens.of([ops.Span(*span) for span in spans], n_positions, torch.device("cpu"))
+    places = [(row, t) for row, begin, end in spans for t in range(begin, end)]
+    qkv = rand(1, len(places), (n_head + 2 * n_kv_head) * head_dim).detach()
+    kv = rand(n_rows, n_positions, 2, n_kv_head, head_dim, seed=1).detach()
+    before = kv.clone()
+    out = ops.cached_attention(qkv, kv, tokens, n_head, n_kv_head).unflatten(-1, (n_head, head_dim))
+    for i, (row, t) in enumerate(places):
+        q, new = qkv[0, i].unflatten(-1, (-1, head_dim)).tensor_split([n_head])
+        before[row, t] = new.unflatten(0, (2, n_kv_head))
+        for h in range(n_head):
+            k, v = before[row, : t + 1, :, h * n_kv_head // n_head].unbind(1)
+            weights = (k @ q[h] / head_dim**0.5).softmax(0)
+            assert torch.allclose(out[0, i, h], weights @ v, atol=1e-10)
+    assert torch.equal(kv, before), "written at the tokens' places, and nowhere else"
+
+
+@pytest.mark.parametrize("spans", CACHED.values(), ids=CACHED)
+def test_tokens_say_where_they_are(spans):
+    tokens = ops.Tokens.of([ops.Span(*span) for span in spans], 7, torch.device("cpu"))
+    places = [(row, t) for row, begin, end in spans for t in range(begin, end)]
+    assert tokens.row.tolist() == [row for row, _ in places] and tokens.position.tolist() == [t for _, t in places]
+    assert tokens.place.tolist() == [7 * row + t for row, t in places]
+    assert [places[i] for i in tokens.last] == [(row, end - 1) for row, _, end in spans]
+    assert tokens.longest == max(end for _, _, end in spans)
+
+
+def test_cached_attention_token_by_token_is_attention_of_the_whole():
+    """The two ways a row can come about, in bfloat16 too, whose results round alike where the sums are as long."""
+    n_tokens, heads = 6, (4, 2)
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        qkv = rand(2, n_tokens, (4 + 2 * 2) * 8).detach().to(dtype)
+        expected = ops.attention(qkv, *heads)
+        kv, found = torch.zeros(2, n_tokens, 2, 2, 8, dtype=dtype), []
+        for t in range(n_tokens):
+            tokens = ops.Tokens.of([ops.Span(0, t, t + 1), ops.Span(1, t, t + 1)], n_tokens, qkv.device)
+            found.append(ops.cached_attention(qkv[:, t][None], kv, tokens, *heads)[0])
+        found = torch.stack(found, 1)
+        assert found.dtype == dtype
+        assert (found.double() - expected.double()).norm() <= limit * expected.double().norm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(n_head=3), "n_head 3 is not divisible by n_kv_head 2"),
+        (dict(n_kv_head=1), r"kv has shape \(3, 5, 2, 2, 6\); with 1 key/value heads it must be \(3, 5, 2, 1, 6\)"),
+        (dict(qkv=torch.zeros(1, 3, 48)), r"qkv has shape \(1, 3, 48\); .* it must be \(1, 2, 48\)"),
+        (dict(qkv=torch.zeros(2, 1, 48)), r"qkv has shape \(2, 1, 48\)"),
+        (dict(kv=torch.zeros(3, 5, 2, 12)), r"kv has shape \(3, 5, 2, 12\); it must be \[R, P, 2, K, D\]"),
+        (dict(kv=torch.zeros(3, 5, 3, 2, 6)), r"kv has shape \(3, 5, 3, 2, 6\)"),
+        (dict(qkv=torch.zeros(1, 2, 48).bfloat16()), "qkv is torch.bfloat16 and the cache torch.float32; .* autocast"),
+        (dict(kv=torch.zeros(3, 5, 2, 6, 2).mT), "kv is not dense"),
+        (dict(kv=torch.zeros(3, 6, 2, 2, 6)), "tokens are of a cache of 5 positions, kv has 6"),
+        (dict(spans=[(3, 0, 2)]), "lie outside a cache of 3 rows x 5 positions"),
+        (dict(spans=[(0, 4, 6)]), "lie outside a cache of 3 rows x 5 positions"),
+        # The rest fails: Python's IndexErrors, torch's, or, for a row that comes twice, numbers.
+        (dict(spans=[(-1, 0, 2)]), "lie outside a cache of 3 rows x 5 positions"),
+        (dict(spans=[(0, -1, 1)]), "lie outside a cache of 3 rows x 5 positions"),
+        (dict(spans=[(0, 1, 2), (0, 2, 3)]), "row 0 comes twice"),
+        (dict(spans=[(0, 1, 3), (1, 2, 2)]), "empty"),
+        (dict(spans=[], qkv=torch.zeros(1, 0, 48)), "no tokens"),
+    ],
+)
+def test_cached_attention_names_what_does_not_fit(changes, message):
+    given = dict(qkv=torch.zeros(1, 2, 48), kv=torch.zeros(3, 5, 2, 2, 6), spans=[(1, 2, 4)], n_head=4, n_kv_head=2)
+    given |= changes
+    spans = [ops.Span(*span) for span in given.pop("spans")]
+    with pytest.raises(ValueError, match=message):
+        ops.cached_attention(tokens=ops.Tokens.of(spans, 5, torch.device("cpu")), **given)
+
+
 def test_qkv_rope_packs_queries_keys_values_and_rotates_the_first_two():
     x, w_q, w_k, w_v = rand(2, 3, 8), rand(8, 8, seed=1), rand(4, 8, seed=2), rand(4, 8, seed=3)
     biases = rand(8, seed=4), rand(4, seed=5), rand(4, seed=6)
