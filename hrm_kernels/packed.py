@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WORTH = 3
+"""Uses after which a weight is packed: packing reads and writes it once, and fewer uses would not win that back."""
 
 SMALLEST = 1 << 17
 """Numbers of a matrix from which on packing pays: a call takes about 13 us more, which smaller ones do not win back."""
@@ -23,10 +27,12 @@ _local = threading.local()
 
 
 class PackedWeights:
-    """Packed copies of matrices, each made when it is first used and again when the matrix has changed."""
+    """Packed copies of matrices, each made when it is used for the third time, and again when it was changed in place.
+    (Changes through `.data` go unnoticed, as they do by autograd.)"""
 
     def __init__(self):
         self._copies: dict[int, tuple[Tensor, tuple[int, int], Tensor]] = {}
+        self._uses: Counter[int] = Counter()
 
     @property
     def nbytes(self) -> int:
@@ -37,11 +43,19 @@ class PackedWeights:
         """The packed copy; None where there is no packing."""
         if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < SMALLEST:
             return None
-        if type(weight) not in (Tensor, torch.nn.Parameter) or torch.is_autocast_enabled("cpu") or not _available():
+        if (
+            type(weight) not in (Tensor, torch.nn.Parameter)
+            or weight.is_inference()
+            or torch.is_autocast_enabled("cpu")
+            or not _available()
+        ):
             return None
         state = weight._version, weight.data_ptr()
         known = self._copies.get(id(weight))  # the weight is kept too, so that its id stays its own
         if known is None or known[1] != state:
+            self._uses[id(weight)] += 1
+            if self._uses[id(weight)] < WORTH:
+                return None
             known = weight, state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             self._copies[id(weight)] = known
         return known[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,8 +38,23 @@ class Tokens:
 
     @classmethod
     def of(cls, spans: Sequence[Span], n_positions: int, device: torch.device) -> Tokens:
-        """These spans of a cache."""
-        return cls(tuple(spans), n_positions, device)
+        """These spans of a cache.
+
+        Raises:
+            ValueError: there are none, one is empty or negative, or a row comes twice.
+        """
+        spans = tuple(spans)
+        if not spans:
+            raise ValueError("no tokens of a cache were named; give at least one span")
+        for span in spans:
+            if span.row < 0 or span.begin < 0:
+                raise ValueError(f"{span} would lie outside a cache; rows and positions begin at 0")
+            if span.size < 1:
+                raise ValueError(f"{span} is empty; leave the row out")
+        twice = [row for row, n in Counter(span.row for span in spans).items() if n > 1]
+        if twice:
+            raise ValueError(f"row {twice[0]} comes twice; give all of its tokens in one span")
+        return cls(spans, n_positions, device)
 
     @cached_property
     def size(self) -> int:
@@ -73,22 +89,17 @@ class Tokens:
         return to_device(ends, self.device)
 
     @cached_property
-    def one_each(self) -> bool:
-        """Whether these are one token of each of some neighbouring rows."""
-        first = self.spans[0].row
-        return all(span.size == 1 and span.row == first + i for i, span in enumerate(self.spans))
+    def in_step(self) -> bool:
+        """Whether these are one token of each of some neighbouring rows, all at the same position."""
+        first = self.spans[0]
+        return first.size == 1 and all(
+            span == (first.row + i, first.begin, first.end) for i, span in enumerate(self.spans)
+        )
 
     @cached_property
     def longest(self) -> int:
         """Positions up to the last of any row's tokens."""
         return max(span.end for span in self.spans)
-
-    @cached_property
-    def seen(self) -> Tensor | None:
-        """[N, longest] bool: the positions that a token looks at; None where that is all of them. For `one_each`."""
-        if len({span.end for span in self.spans}) == 1:
-            return None
-        return torch.arange(self.longest, device=self.device) <= self.position[:, None]
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,12 @@ def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_
     head_dim = kv.shape[-1]
     q, new = qkv[0].split((n_head * head_dim, 2 * n_kv_head * head_dim), dim=-1)
     kv.view(n_rows * n_positions, -1).index_copy_(0, tokens.place, new)
-    if tokens.one_each:
+    if tokens.in_step:
         # the query heads that share a key/value head are as many queries of that head
         first, grouped = tokens.spans[0].row, q.view(tokens.size, n_kv_head, -1, head_dim)
         keys, values = kv[first : first + tokens.size, : tokens.longest].transpose(1, 3).unbind(2)
-        seen = None if tokens.seen is None else tokens.seen[:, None, None]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).reshape(1, tokens.size, -1)
+        return F.scaled_dot_product_attention(grouped, keys, values).reshape(1, tokens.size, -1)
+    # Row by row, each over its own positions: what others may hold must not be looked at, 0 times nan being nan.
     out, at = torch.empty_like(q), 0
     for row, begin, end in tokens.spans:
         mine = slice(at, at + end - begin)

@@ -15,7 +15,7 @@ does that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ import hrm_kernels as ops
 from .config import HRMConfig
 
 if TYPE_CHECKING:
+    from .model import HRMForCausalLM
     from .newest import NewestDecoder
 
 
@@ -43,9 +44,16 @@ class Work:
         """All of them."""
         return self.input + self.core + self.output
 
+    def since(self, before: Work) -> Work:
+        """What was added."""
+        return Work(self.input - before.input, self.core - before.core, self.output - before.output)
+
 
 def bytes_per_token(
-    config: HRMConfig, max_steps: int | None = None, dtype: torch.dtype = torch.float32, kv_dtype=None
+    config: HRMConfig,
+    max_steps: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
 ) -> int:
     """Memory that one token of one row takes in a cache, in bytes.
 
@@ -65,11 +73,18 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type not in ("cpu", "mps"):  # mps shares the host's
+        return None
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+    try:  # a container's own limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
+    except (OSError, ValueError):
+        return free
+    return max(0, min(free, limit - used))
 
 
 class HRMCache:
@@ -78,17 +93,19 @@ class HRMCache:
     less.)
 
     Args:
-        model: an HRMForCausalLM. Its weights' type and device are the cache's; make the cache under the autocast that
-            it is used under.
+        model: whose rows these are. Its weights' type and device are the cache's; make the cache under the autocast
+            that it is used under, and another one when the weights have changed.
         rows: sequences at a time. positions: default and at most block_size. max_steps: S, default hrm_max_steps.
 
     Raises:
         ValueError: sizes out of range, or more memory than there is; the message names both.
     """
 
-    def __init__(self, model, rows: int = 1, positions: int | None = None, max_steps: int | None = None):
+    def __init__(
+        self, model: HRMForCausalLM, rows: int = 1, positions: int | None = None, max_steps: int | None = None
+    ):
         config = model.config
-        self.config, self.device = config, model.device
+        self.model, self.config, self.device = model, config, model.device
         self.rows = _at_least_one("rows", rows)
         self.positions = _at_least_one("positions", config.block_size if positions is None else positions)
         self.max_steps = _at_least_one("max_steps", config.hrm_max_steps if max_steps is None else max_steps)
@@ -98,7 +115,7 @@ class HRMCache:
         kind = self.device.type
         kv_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         self.bytes_per_token = bytes_per_token(config, self.max_steps, dtype, kv_dtype)
-        self._check_room()
+        self._check_room(model)
 
         r, p, c, s = self.rows, self.positions, config.n_embd, self.max_steps
         one = (2, config.kv_heads, config.head_dim)
@@ -120,17 +137,20 @@ class HRMCache:
         self.decoded = [[0] * s for _ in range(r)]
         """Of each row and depth, how many positions have gone through the output blocks."""
         self.work = Work()
+        self._doubted: set[int] = set()
         self._decoders: dict[tuple, NewestDecoder | None] = {}
         self.packed = ops.PackedWeights()
         """On a CPU, a copy of the weights in a faster layout, made as they are used."""
 
-    def _check_room(self) -> None:
+    def _check_room(self, model: HRMForCausalLM) -> None:
         wanted, free = self.rows * self.positions * self.bytes_per_token, free_bytes(self.device)
-        if free is not None and wanted > free:
+        packed = model.num_parameters() * 4 if self.device.type == "cpu" else 0
+        if free is not None and wanted + packed > free:
             raise ValueError(
                 f"a cache of {self.rows} rows x {self.positions} positions x {self.max_steps} steps takes "
-                f"{wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {self.device}: {free // self.bytes_per_token} "
-                f"positions in all fit; take fewer rows (batch_size), fewer tokens or a smaller max_steps"
+                f"{wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {self.device}: "
+                f"{max(0, free - packed) // self.bytes_per_token} positions in all fit; take fewer rows (batch_size), "
+                f"fewer tokens or a smaller max_steps"
             )
 
     @property
@@ -141,25 +161,30 @@ class HRMCache:
 
     def ids(self, row: int) -> list[int]:
         """The tokens that a row holds."""
-        return list(self._ids[row])
+        return list(self._ids[self._row(row)])
 
     def length(self, row: int) -> int:
         """How many they are."""
-        return len(self._ids[row])
+        return len(self._ids[self._row(row)])
+
+    def common(self, row: int, ids: Sequence[int]) -> int:
+        """How many of its first tokens a row shares with `ids`."""
+        return agree(self._ids[self._row(row)], ids)
 
     def append(self, new: Mapping[int, Sequence[int]]) -> None:
         """Note ids at the ends of rows; what is computed of them is hrm_model/incremental.py's."""
         for row, ids in new.items():
-            self._ids[row] += ids
+            self._ids[self._row(row)] += ids
 
-    def decoder(self, model) -> NewestDecoder | None:
+    def decoder(self) -> NewestDecoder | None:
         """What starts new tokens without waiting, where kernels do; made once for each choice of kernels."""
-        choices = ops.choices()
-        if choices not in self._decoders:
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := self.device.type) else None
+        key = *ops.choices(), autocast
+        if key not in self._decoders:
             from .newest import NewestDecoder
 
-            self._decoders[choices] = NewestDecoder.of(model, self)
-        return self._decoders[choices]
+            self._decoders[key] = NewestDecoder.of(self.model, self)
+        return self._decoders[key]
 
     def clear(self, row: int) -> None:
         """Forget a row, to give its place to another sequence."""
@@ -167,40 +192,73 @@ class HRMCache:
 
     def truncate(self, row: int, n: int) -> None:
         """Keep a row's first n tokens. What was computed for them stays right, whatever had followed."""
-        if n >= self.length(row):
-            return
-        del self._ids[row][n:]
+        n = self._count(row, n)
+        self.doubt([row])
         for counts in (self.done, self.decoded):
             counts[row] = [min(count, n) for count in counts[row]]
-        self._sum_again(row)
+        del self._ids[row][n:]
 
     @torch.no_grad()
     def copy(self, source: int, targets: Sequence[int], n: int | None = None) -> None:
         """Make the first n tokens of row `source` (default all) the contents of rows `targets`: several continuations
         share what was computed once."""
-        n = self.length(source) if n is None else min(n, self.length(source))
+        n = self._count(source, self.length(source) if n is None else n)
+        for row in targets:
+            self._row(row)
         for row in targets:
             if row == source:
                 continue
-            self._ids[row] = self._ids[source][:n]
-            self.done[row] = [min(count, n) for count in self.done[source]]
-            self.decoded[row] = [min(count, n) for count in self.decoded[source]]
+            self.clear(row)  # first, so that a row that is interrupted here is an empty one
+            done, decoded = ([min(count, n) for count in counts[source]] for counts in (self.done, self.decoded))
             for t in (self.x, self.z_L):
                 t[row, :n] = t[source, :n]
             self.kv_input[:, row, :n] = self.kv_input[:, source, :n]
-            for s, (done, decoded) in enumerate(zip(self.done[row], self.decoded[row], strict=True)):
-                self.z_H[s, row, :done] = self.z_H[s, source, :done]
-                self.kv_core[s, :, row, :done] = self.kv_core[s, :, source, :done]
+            for s in range(self.max_steps):
+                self.z_H[s, row, : done[s]] = self.z_H[s, source, : done[s]]
+                self.kv_core[s, :, row, : done[s]] = self.kv_core[s, :, source, : done[s]]
                 to, of = s * self.rows + row, s * self.rows + source
-                self.kv_output[:, to, :decoded] = self.kv_output[:, of, :decoded]
-            self._sum_again(row)
+                self.kv_output[:, to, : decoded[s]] = self.kv_output[:, of, : decoded[s]]
+            self._ids[row] = self._ids[source][:n]
+            self.done[row], self.decoded[row] = done, decoded
 
-    def _sum_again(self, row: int) -> None:
-        for s, count in enumerate(self.done[row]):
-            if count == 0:
-                self.sums[s:, row].zero_()
-                break
-            self.sums[s, row] = self.z_H[s, row, :count].sum(0, dtype=self.sums.dtype)
+    def wipe(self, row: int) -> None:
+        """Forget a row and what its memory holds: what is not finite would be, for whoever comes next, 0 times nan."""
+        self.clear(row)
+        for t in (self.x, self.z_L, *self.z_H, *self.kv_input, *self.kv_core.flatten(0, 1)):
+            t[row].zero_()
+        self.kv_output[:, row :: self.rows].zero_()
+
+    def doubt(self, rows: Iterable[int]) -> None:
+        """Sums of these rows are made again before they are used, unless `trust` is told that they are right: whoever
+        is interrupted in between leaves nothing wrong behind."""
+        self._doubted.update(rows)
+
+    def trust(self, rows: Iterable[int]) -> None:
+        """Sums of these rows are of all positions that have run each step."""
+        self._doubted.difference_update(rows)
+
+    @torch.no_grad()
+    def settle(self, rows: Iterable[int]) -> None:
+        """Make the sums that are in doubt again."""
+        for row in self._doubted.intersection(rows):
+            for s, count in enumerate(self.done[row]):
+                self.sums[s, row] = self.z_H[s, row, :count].sum(0, dtype=self.sums.dtype)
+            self._doubted.discard(row)
+
+    def _row(self, row: int) -> int:
+        if row not in range(self.rows):
+            raise ValueError(f"row {row} is outside 0..{self.rows - 1}, the cache's rows")
+        return row
+
+    def _count(self, row: int, n: int) -> int:
+        if n < 0:
+            raise ValueError(f"{n} tokens of row {row} cannot be kept; give a number of at least 0")
+        return min(n, self.length(row))
+
+
+def agree(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _at_least_one(name: str, value: int) -> int:

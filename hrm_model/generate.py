@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from .cache import HRMCache, Work, bytes_per_token, free_bytes
 from .config import END_OF_TEXT
-from .incremental import evaluating
+from .incremental import check_depths_fit, check_ids, evaluating
 from .keyed import TOKEN_STREAM, keyed_uniform
-from .model import HRMForCausalLM, checked_depths
+from .model import HRMForCausalLM, check_halt_bias, checked_depths
 from .rows import Cached, Recomputing, Row
 from .sampling import Sampling, draw
 from .stops import StoppedText
@@ -75,15 +76,15 @@ class Generation(Iterator[Event]):
     """The new tokens of some rows, as they come. Leaving off leaves the cache usable."""
 
     def __init__(self, events: Iterator[Event], engine: Cached | Recomputing):
-        self._events, self._engine = events, engine
+        self._events, self._engine, self._before = events, engine, replace(engine.work)
 
     def __next__(self) -> Event:
         return next(self._events)
 
     @property
     def work(self) -> Work:
-        """Block applications so far, prompts included; with a cache that was given, those before too."""
-        return self._engine.work
+        """Block applications so far, prompts included, and whatever else used the same cache meanwhile."""
+        return self._engine.work.since(self._before)
 
 
 def stream(
@@ -120,8 +121,8 @@ def stream(
         depth_update: "token" decides depth anew for every token, exactly as a forward pass over the row would, which
             can mean running earlier tokens through more steps; "turn" decides it for the prompt and keeps it.
         use_cache: False computes every window whole: the same numbers, slowly.
-        cache: to use and leave filled: what a prompt has in common with what it holds is not computed again. Default: a
-            new one.
+        cache: to use and leave filled: what a prompt has in common with what it holds is not computed again. Its
+            positions are then the window. Default: a new one.
         batch_size: rows at a time; others wait for a place. Default: all, or what fits into memory.
         drop_oldest: tokens dropped when the window is full; 1 as published.
         tokenizer: makes `text`; default GPT-2's.
@@ -133,29 +134,32 @@ def stream(
     sampling.check_vocabulary(model.config.vocab_size)
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     stop_tokens = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens or ())
+    rows = _rows(model, prompts, seed, force_steps, max_steps)
     _at_least("max_new_tokens", max_new_tokens, 0)
     _at_least("min_new_tokens", min_new_tokens, 0)
     _at_least("batch_size", len(prompts) if batch_size is None else batch_size, 1)
-    if "" in stop:
-        raise ValueError("a stop string is empty, which every text contains; give at least one character")
+    _at_least("drop_oldest", drop_oldest, 1)
+    _check_stops(stop, stop_tokens)
+    check_halt_bias(0.0 if halt_bias is None else halt_bias)
     if depth_update not in DEPTH_UPDATES:
         raise ValueError(f"depth_update {depth_update!r} is none of {', '.join(DEPTH_UPDATES)}")
-    rows = _rows(model, prompts, seed, force_steps, max_steps)
+    window = model.config.block_size if cache is None else cache.positions
+    if drop_oldest > 1 and drop_oldest >= window:
+        raise ValueError(f"drop_oldest {drop_oldest} must be below the window of {window} tokens")
+    if cache is not None:
+        check_depths_fit(cache, [n or max_steps or model.config.hrm_max_steps for row in rows for n in row.forced])
     for row in rows:
         row.text = StoppedText(tokenizer or get_tokenizer(), stop)
         if sampling.repetition_penalty != 1.0:
             row.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
             row.seen[torch.tensor(row.ids, device=model.device)] = True
 
-    options, window = {"max_steps": max_steps, "halt_bias": halt_bias}, model.config.block_size
-    if use_cache:
+    options = {"max_steps": max_steps, "halt_bias": halt_bias}
+    if use_cache and max_new_tokens:
         cache = cache or _new_cache(model, rows, max_new_tokens, max_steps, batch_size)
-        engine, places, window = Cached(model, options, cache), cache.rows, cache.positions
+        engine, places = Cached(model, options, cache), cache.rows
     else:
         engine, places = Recomputing(model, options), len(rows)
-    _at_least("drop_oldest", drop_oldest, 1)
-    if drop_oldest >= window > 1:
-        raise ValueError(f"drop_oldest {drop_oldest} must be below the window of {window} tokens")
     limits = _Limits(max_new_tokens, min_new_tokens, stop_tokens, window, drop_oldest, depth_update == "turn")
     places = min(places, batch_size or places)
     return Generation(_run(model, engine, places, rows if max_new_tokens else [], sampling, limits), engine)
@@ -217,7 +221,8 @@ def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) 
     early = [i for i, row in enumerate(rows) if row.n_new < limits.min_new_tokens]
     if early and limits.stop_tokens:
         forbidden = torch.zeros(logits.shape, dtype=torch.bool)
-        forbidden[torch.tensor(early)[:, None], torch.tensor(limits.stop_tokens)] = True
+        known = [token for token in limits.stop_tokens if token < logits.shape[1]]
+        forbidden[torch.tensor(early)[:, None], torch.tensor(known, dtype=torch.int64)] = True
         forbidden = forbidden.to(logits.device)
     return draw(logits, uniform, sampling, seen, forbidden)
 
@@ -243,18 +248,23 @@ def _event(row: Row, token: int, logprob: float, executed: int, limits: _Limits)
 def _rows(model: HRMForCausalLM, prompts, seed, force_steps, max_steps: int | None) -> list[Row]:
     config = model.config
     max_steps = config.hrm_max_steps if max_steps is None else max_steps
+    if len(prompts) == 0:
+        raise ValueError("no prompts were given; give at least one")
     for number, ids in enumerate(prompts):
         if len(ids) == 0:
             raise ValueError(f"prompt {number} is empty; give at least one token, such as {END_OF_TEXT}, end of text")
-        for token in (min(ids), max(ids)):
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(f"prompt {number} has token id {token}, outside 0..{config.vocab_size - 1}")
-    if isinstance(seed, int):
-        keys = [(seed, TOKEN_STREAM + (number << 8)) for number in range(len(prompts))]
-    else:
-        keys = [(one, TOKEN_STREAM) for one in seed]
-        if len(keys) != len(prompts):
-            raise ValueError(f"seed has {len(keys)} entries for {len(prompts)} rows; give one each, or one number")
+        check_ids(ids, config.vocab_size, f"prompt {number}: ")
+    seeds = (
+        [seed] * len(prompts) if isinstance(seed, Integral) else list(seed) if isinstance(seed, Sequence) else [seed]
+    )
+    for one in seeds:
+        if not isinstance(one, Integral):
+            raise ValueError(f"seed {one!r} must be an integer, or a list of one for each row")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seed has {len(seeds)} entries for {len(prompts)} rows; give one each, or one number")
+    # one seed for all: each row a stream of its own; a seed for each: the same draws whichever row has it
+    shared = isinstance(seed, Integral)
+    keys = [(one, TOKEN_STREAM + ((number << 8) if shared else 0)) for number, one in enumerate(seeds)]
     scheduled = isinstance(force_steps, Sequence) and any(isinstance(n, Sequence) for n in force_steps)
     if scheduled:
         if len(force_steps) != len(prompts) or not all(isinstance(one, Sequence) and len(one) for one in force_steps):
@@ -266,6 +276,17 @@ def _rows(model: HRMForCausalLM, prompts, seed, force_steps, max_steps: int | No
         Row(number, list(ids), len(ids), key, depths, None)
         for number, (ids, key, depths) in enumerate(zip(prompts, keys, forced, strict=True))
     ]
+
+
+def _check_stops(stop: tuple, stop_tokens: tuple) -> None:
+    for one in stop:
+        if not isinstance(one, str):
+            raise ValueError(f"stop string {one!r} is no text; tokens go to stop_tokens")
+    if "" in stop:
+        raise ValueError("a stop string is empty, which every text contains; give at least one character")
+    for token in stop_tokens:
+        if not isinstance(token, Integral) or token < 0:
+            raise ValueError(f"stop token {token!r} is no id; ids begin at 0, and text goes to stop")
 
 
 def _new_cache(
@@ -326,9 +347,11 @@ def generate(
     """
     if ids_BT.dim() != 2 or 0 in ids_BT.shape or ids_BT.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids must be [B, T] int64 with at least one token; got {tuple(ids_BT.shape)} {ids_BT.dtype}")
-    prompts = [row[:n] for row, n in zip(ids_BT.tolist(), _as_list(lengths, ids_BT), strict=True)]
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts = [row[:n] for row, n in zip(ids_BT.tolist(), _prompt_lengths(lengths, ids_BT), strict=True)]
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, min_p)
     generation = _stream(model, prompts, max_new_tokens, sampling=sampling, **options)
+    if stream and details:
+        raise ValueError("stream and details exclude each other: a stream's events are the details")
     if stream:
         return generation
     events: list[list[Event]] = [[] for _ in prompts]
@@ -352,7 +375,7 @@ def generate(
     )
 
 
-def _as_list(lengths, ids_BT: Tensor) -> list[int]:
+def _prompt_lengths(lengths, ids_BT: Tensor) -> list[int]:
     if lengths is None:
         return [ids_BT.shape[1]] * ids_BT.shape[0]
     lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)

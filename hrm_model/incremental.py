@@ -11,10 +11,11 @@ The blocks are the model's own; only what their attention looks at comes from th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ import hrm_kernels as ops
 from hrm_kernels import Past, Span, Tokens
 
 from .cache import HRMCache
-from .model import HRMForCausalLM, checked_depths
+from .model import HRMForCausalLM, check_halt_bias, checked_depths
 from .newest import NewestDecoder, Started
 
 
@@ -58,7 +59,19 @@ def extend(
     Raises:
         ValueError: an argument out of range, before anything is changed. After any other exception the rows are empty.
     """
-    return Extending(model, cache, new, max_steps=max_steps, force_steps=force_steps, halt_bias=halt_bias).finish()[0]
+    return (
+        Extending(model, cache, new, max_steps=max_steps, force_steps=force_steps, halt_bias=halt_bias).finish().result
+    )
+
+
+class Finished(NamedTuple):
+    """What Extending.finish returns."""
+
+    result: Extended
+    beside: list | None
+    """What the caller had read in the same transfer."""
+    again: list[int]
+    """Places among the rows whose logits were made again: whatever was queued on the first ones is wrong for them."""
 
 
 class Extending:
@@ -74,8 +87,10 @@ class Extending:
         self._model, self._cache, self._new = model, cache, new
         self._limits, self._halt_bias = _checked(model, cache, new, **options)
         self._done: Extended | None = None
+        cache.settle(new)
+        cache.doubt(new)
         with self._undoing():
-            decoder = cache.decoder(model) if all(len(ids) == 1 for ids in new.values()) else None
+            decoder = cache.decoder() if all(len(ids) == 1 for ids in new.values()) else None
             if decoder is None:
                 self._done = self._all_at_once()
                 self.logits = self._done.logits
@@ -84,18 +99,19 @@ class Extending:
                 self._rows = ops.to_device(torch.tensor(list(new), device="cpu"), cache.device)
                 self.logits = self._started.logits[self._rows]
 
-    def finish(self, beside: Tensor | None = None) -> tuple[Extended, list | None, list[int]]:
+    def finish(self, beside: Tensor | None = None) -> Finished:
         """Wait for the device.
 
         Args:
-            beside: [any, n], read in the same transfer.
-        Returns:
-            (the result, what was in `beside`, places among `new` whose logits were made again).
+            beside: [any, n], of the caller's, to be read in the same transfer.
         """
         if self._done is not None:
-            return self._done, None if beside is None else beside.tolist(), []
-        with self._undoing():
-            return self._settle(beside)
+            finished = Finished(self._done, None if beside is None else beside.tolist(), [])
+        else:
+            with self._undoing():
+                finished = self._settle(beside)
+        self._cache.trust(self._new)
+        return finished
 
     @contextmanager
     def _undoing(self):
@@ -130,7 +146,7 @@ class Extending:
         cache.append(new)
         return started
 
-    def _settle(self, beside: Tensor | None) -> tuple[Extended, list | None, list[int]]:
+    def _settle(self, beside: Tensor | None) -> Finished:
         model, cache, rows = self._model, self._cache, list(self._new)
         told = torch.stack((self._started.executed, self._started.halted.long()))[:, self._rows]
         if beside is not None:
@@ -159,20 +175,20 @@ class Extending:
             logits = logits.clone()
             logits[places] = _write(model, cache, {row: depth[row] for row in again})
         result = Extended(logits, [depth[row] for row in rows], [row in halted for row in rows])
-        return result, beside_told if beside is not None else None, places
+        return Finished(result, None if beside is None else beside_told, places)
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module):
     """Eval mode; the mode that was is restored afterwards."""
-    was_training = model.training
-    if was_training:
-        model.eval()
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True
 
 
 def _checked(
@@ -181,6 +197,8 @@ def _checked(
 ) -> tuple[dict[int, tuple[int, bool]], float]:  # fmt: skip
     """(row -> steps after which it is done and whether it may be earlier, halting bias)."""
     config = model.config
+    if cache.model is not model:
+        raise ValueError("the cache was made for another model, whose numbers it holds; make one for this model")
     if not new:
         raise ValueError("no rows to extend; give at least one")
     for row, ids in new.items():
@@ -193,20 +211,28 @@ def _checked(
                 f"row {row} holds {cache.length(row)} tokens and gets {len(ids)} more; the cache has {cache.positions} "
                 f"positions: clear it and give the newest alone"
             )
-        for token in (min(ids), max(ids)):
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(
-                    f"token id {token} is outside 0..{config.vocab_size - 1} (vocab_size {config.vocab_size})"
-                )
+        check_ids(ids, config.vocab_size, "")
     max_steps = config.hrm_max_steps if max_steps is None else max_steps
     forced = checked_depths(force_steps, max_steps, len(new))
-    deepest = max(n or max_steps for n in forced)
-    if deepest > cache.max_steps:
-        raise ValueError(f"{deepest} steps are more than the cache's max_steps {cache.max_steps}; make it with more")
+    check_depths_fit(cache, [n or max_steps for n in forced])
     halt_bias = config.halt_bias if halt_bias is None else halt_bias
-    if math.isnan(halt_bias):
-        raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
+    check_halt_bias(halt_bias)
     return {row: (n or max_steps, n == 0 and max_steps > 1) for row, n in zip(new, forced, strict=True)}, halt_bias
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, whose: str) -> None:
+    """Raises ValueError for what is no id of this vocabulary; `whose` begins the message."""
+    for token in ids:
+        if not isinstance(token, Integral) or not 0 <= token < vocab_size:
+            raise ValueError(f"{whose}token id {token} is outside 0..{vocab_size - 1} (vocab_size {vocab_size})")
+
+
+def check_depths_fit(cache: HRMCache, depths: Sequence[int]) -> None:
+    """Raises ValueError where the cache has no room for so many steps."""
+    if max(depths) > cache.max_steps:
+        raise ValueError(
+            f"{max(depths)} steps are more than the cache's max_steps {cache.max_steps}; make it with more"
+        )
 
 
 def _read(model: HRMForCausalLM, cache: HRMCache, spans: list[Span]) -> None:

@@ -16,6 +16,7 @@ WINDOW_STREAM = 1
 SPLIT_STREAM = 2
 DEPTH_STREAM = 3
 TOKEN_STREAM = 4
+"""Of generation's row r: TOKEN_STREAM + 256 r."""
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:

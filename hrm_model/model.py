@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ import hrm_kernels as ops
 from .blocks import Block, Linear, ReasoningBlock, RMSNorm
 from .config import HRMConfig
 from .core import GRADIENTS, HRMCore, Pasts
+
+if TYPE_CHECKING:
+    from .generate import Generated, Generation
 
 IGNORE = -1
 PUBLISHED_STEP_PENALTY = 0.01
@@ -122,8 +126,7 @@ class HRMForCausalLM(nn.Module):
             raise ValueError(f"gradient {gradient!r} is none of {', '.join(GRADIENTS)}")
         if halt_bias is None:
             halt_bias = 0.0 if self.training else self.config.halt_bias
-        if math.isnan(halt_bias):
-            raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
+        check_halt_bias(halt_bias)
 
         rotary = self.rotary(ids_BT.shape[1])
         x_BTC = self.embed(ids_BT)
@@ -178,11 +181,11 @@ class HRMForCausalLM(nn.Module):
         h_MC = h_BTC.reshape(-1, h_BTC.shape[-1])
         return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets.reshape(-1), IGNORE, reduction)
 
-    def generate(self, ids_BT: Tensor, max_new_tokens: int, **options) -> Tensor:
-        """Continue each row; see hrm_model.generate.generate for the options."""
+    def generate(self, ids_BT: Tensor, max_new_tokens: int, *args, **options) -> Tensor | Generated | Generation:
+        """Continue each row; see hrm_model.generate.generate for the options and results."""
         from .generate import generate
 
-        return generate(self, ids_BT, max_new_tokens, **options)
+        return generate(self, ids_BT, max_new_tokens, *args, **options)
 
     def _maybe_unused(self, gradient: str) -> Iterable[nn.Parameter]:
         """Parameters that the loss may not reach: they get an exact zero, never None, so that data-parallel training
@@ -223,6 +226,12 @@ class HRMForCausalLM(nn.Module):
         if lengths.min() < 1 or lengths.max() > n_tokens:
             raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
         return ops.to_device(lengths.to(torch.int64), ids_BT.device)
+
+
+def check_halt_bias(halt_bias: float) -> None:
+    """Raises ValueError where it is no number."""
+    if math.isnan(halt_bias):
+        raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
 
 
 def checked_depths(force_steps, max_steps: int, n_rows: int) -> list[int]:

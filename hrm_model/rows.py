@@ -6,13 +6,13 @@ what a place holds, or with another row, is not computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cache import HRMCache, Work
+from .cache import HRMCache, Work, agree
 from .incremental import Extending
 from .model import HRMForCausalLM
 from .stops import StoppedText
@@ -98,6 +98,9 @@ class Recomputing:
     def leave(self, row: Row) -> None:
         """The row is finished."""
 
+    def wipe(self, row: Row) -> None:
+        """The row's numbers are not finite."""
+
 
 class Cached:
     """Every token from what the cache holds of its row.
@@ -128,7 +131,7 @@ class Cached:
             followers = [row for row in rows if row.number in donors]
             for row in followers:
                 donor = donors[row.number]
-                self.cache.copy(donor, [row.slot], self._common(donor, row.window))
+                self.cache.copy(donor, [row.slot], self.cache.common(donor, row.window))
             found |= self._extend(followers, draw)
         tokens, logprobs, executed = zip(*(found[row.number] for row in rows), strict=True)
         return tokens, logprobs, executed
@@ -136,11 +139,12 @@ class Cached:
     def _settle(self, row: Row, came: list[Row], donors: dict[int, int]) -> None:
         """Give a row the free place that holds most of it already; note where more of it lies, or will."""
         cache, window = self.cache, row.window
-        row.slot = max(sorted(self._free), key=lambda slot: self._common(slot, window))
+        there = {slot: cache.common(slot, window) for slot in range(cache.rows)}
+        # of places with as much in common the emptiest, so that no other text is lost for nothing
+        row.slot = max(sorted(self._free), key=lambda slot: (there[slot], -cache.length(slot)))
         self._free.discard(row.slot)
-        there = {slot: self._common(slot, window) for slot in range(cache.rows)}
-        there |= {other.slot: _agree(other.window, window) for other in came if other.number not in donors}
         own = there.pop(row.slot)
+        there |= {other.slot: agree(other.window, window) for other in came if other.number not in donors}
         most = max(there, key=there.__getitem__, default=None)
         if most is not None and there[most] >= own + WORTH_COPYING:
             donors[row.number] = most
@@ -150,9 +154,9 @@ class Cached:
         new = {}
         for row in rows:
             window, held = row.window, self.cache.length(row.slot)
-            if row.recomputed or row.n_new == 0 or held != len(window) - 1:
+            if self.cache.ids(row.slot) != window[:-1]:
                 # at least the last token is run: its logits are what is wanted
-                held = min(self._common(row.slot, window), len(window) - 1)
+                held = min(self.cache.common(row.slot, window), len(window) - 1)
                 self.cache.truncate(row.slot, held)
             new[row.slot] = window[held:]
         forced = [row.depth() for row in rows]
@@ -165,15 +169,10 @@ class Cached:
         numbers = [row.number for row in rows]
         return dict(zip(numbers, zip(*drawn, result.executed_steps, strict=True), strict=True))
 
-    def _common(self, slot: int, window: Sequence[int]) -> int:
-        """Tokens that a place holds and a window begins with."""
-        return _agree(self.cache.ids(slot), window)
-
     def leave(self, row: Row) -> None:
         """The row is finished; its place may go to another."""
         self._free.add(row.slot)
 
-
-def _agree(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    def wipe(self, row: Row) -> None:
+        """The row's numbers are not finite."""
+        self.cache.wipe(row.slot)

@@ -41,10 +41,10 @@ class Sampling:
     """Keep the k likeliest tokens; None keeps all."""
     top_p: float = 1.0
     """Keep the likeliest tokens that together reach this probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Keep tokens with at least this share of the likeliest's probability; 0 keeps all."""
     repetition_penalty: float = 1.0
     """At least 1: lowers the logits of tokens that are in the row already, prompt included."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the likeliest's probability; 0 keeps all."""
 
     def __post_init__(self):
         if not _number(self.temperature) or not 0 <= self.temperature < math.inf:
@@ -96,14 +96,17 @@ def draw(
     if sampling.temperature == 0:
         chosen = scores.argmax(-1)
     else:
-        chosen = _sampled(scores, to_device(torch.tensor(uniform, dtype=torch.float32), scores.device), sampling)
+        # the largest float32 below 1, so that none is rounded up to it
+        numbers = torch.tensor([min(u, 1 - 2**-24) for u in uniform], dtype=torch.float32)
+        chosen = _sampled(scores, to_device(numbers, scores.device), sampling)
     logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
     return torch.stack((chosen.float(), logprobs))
 
 
 def _sampled(scores: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    # shifted first: a large logit over a small temperature would overflow
-    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature
+    # shifted first: a large logit over a small temperature would overflow; and within what a float32 can divide by
+    temperature = min(max(sampling.temperature, 1e-30), 1e30)
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
     order = None
     if sampling.top_k is not None:
         scores, order = scores.topk(min(sampling.top_k, scores.shape[1]), sorted=True)

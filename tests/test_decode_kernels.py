@@ -100,7 +100,7 @@ def test_the_newest_tokens_on_kernels_equal_a_pass_over_the_whole_rows(tiles, sh
     deepened = refilled = 0
     with ops.use_backend("triton"):
         cache = HRMCache(net, rows=3)
-        assert cache.decoder(net).driver in ("host", "graph", "while")
+        assert cache.decoder().driver in ("host", "graph", "while")
     for t in range(9):
         new = {
             row: [draw.randrange(50) for _ in range(1 if t else 3)]
@@ -191,6 +191,6 @@ def test_a_model_with_other_modules_decodes_without_the_loop_on_kernels(tiles):
     net, seen = model(), []
     net.hrm_core.L_level.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     with ops.use_backend("auto"):
-        assert HRMCache(net, rows=1).decoder(net) is None
+        assert HRMCache(net, rows=1).decoder() is None
     with ops.use_backend("triton"), pytest.raises(BackendError, match="forward hook"):
-        HRMCache(net, rows=1).decoder(net)
+        HRMCache(net, rows=1).decoder()

@@ -324,7 +324,6 @@ def test_a_given_cache_is_used_again():
     assert cache.work.total - cost == per_token(model, 3), "an earlier place in the same text: its last token alone"
 
 
-# Fails: of places with as much in common the first is taken, whatever it holds.
 def test_an_empty_place_is_taken_before_one_that_holds_another_text():
     model = thinker(3, torch.float32)
     cache = HRMCache(model, rows=2)
@@ -381,14 +380,12 @@ def test_a_small_cache_is_a_small_window():
     assert_same(found, generated(narrow, [list(range(20))], 5, temperature=0.0))
 
 
-# Fails: a new cache has as many positions as these rows can take, and drop_oldest is held to that, not to the window.
 def test_more_tokens_may_be_dropped_than_a_short_text_has():
     model = thinker(3, torch.float32)
     plain = generated(model, [[1, 2, 3]], 2, drop_oldest=8, use_cache=False)
     assert_same(generated(model, [[1, 2, 3]], 2, drop_oldest=8), plain)
 
 
-# Fails where drop_oldest is above 1: nothing is left of the window, and the error is torch's.
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "windows"])
 @pytest.mark.parametrize("drop_oldest", [1, 2])
 def test_a_window_of_one_token_is_the_newest(drop_oldest, use_cache):
@@ -561,7 +558,6 @@ def test_before_the_fewest_tokens_a_stop_string_is_text():
         assert len(found.tokens[0]) >= max(fewest, 2) and found.tokens[0] == tokens[: len(found.tokens[0])]
 
 
-# Fails: the default stop token, 50256, is looked for among fewer ids than that.
 def test_a_small_vocabulary_has_no_end_of_text_to_forbid():
     model = thinker(3, torch.float32)
     found = generated(model, PROMPTS, 4, temperature=1.0, min_new_tokens=2)
@@ -598,7 +594,6 @@ def test_a_token_is_there_before_the_next_is_computed():
     assert costs == [10, 11, 12, 13, 14]
 
 
-# Fails: a place is taken for the row's own as soon as it holds as many tokens, whatever they are.
 def test_two_streams_over_one_cache_do_not_disturb_each_other():
     model = thinker(3, torch.float32)
     cache = HRMCache(model)
@@ -609,7 +604,6 @@ def test_two_streams_over_one_cache_do_not_disturb_each_other():
     assert [list(row) for row in zip(*found, strict=True)] == alone
 
 
-# Fails: it is the cache's own count, which goes on.
 def test_a_results_work_stays_what_it_was():
     model = thinker(3, torch.float32)
     cache = HRMCache(model)
@@ -661,17 +655,15 @@ def test_damaged_weights_are_one_clear_error(use_cache, options):
         (dict(force_steps=[[1, 2], 3]), "force_steps must have a list of at least one number for each of 2 rows"),
         (dict(force_steps="deep"), "force_steps "),
         (dict(prompts=[[1], []]), "prompt 1 is empty; give at least one token, such as 50256"),
-        (dict(prompts=[[1], [2, 61]]), r"prompt 1 has token id 61, outside 0\.\.60"),
-        (dict(prompts=[[-1], [2]]), r"prompt 0 has token id -1, outside 0\.\.60"),
+        (dict(prompts=[[1], [2, 61]]), r"prompt 1: token id 61 is outside 0\.\.60"),
+        (dict(prompts=[[-1], [2]]), r"prompt 0: token id -1 is outside 0\.\.60"),
         (dict(sampling=Sampling(top_k=62)), "top_k 62 is above 61, the tokens there are"),
-        # The rest fails: batch_size is named, which nobody gave; the others come as they are met, with the first token,
-        # or are no ValueErrors.
         (dict(prompts=[]), "no prompts"),
         (dict(halt_bias=math.nan), "halt_bias is nan"),
         (dict(stop=[7]), "stop 7|stop string 7"),
         (dict(stop_tokens=-1), "stop token -1|stop_tokens -1"),
         (dict(seed=1.5), "seed 1.5"),
-        (dict(prompts=[[1.5], [2]]), "prompt 0 has token id 1.5"),
+        (dict(prompts=[[1.5], [2]]), "prompt 0: token id 1.5"),
     ],
 )
 def test_an_option_out_of_range_is_named_at_the_call(options, message, use_cache):
@@ -682,7 +674,6 @@ def test_an_option_out_of_range_is_named_at_the_call(options, message, use_cache
     assert "\n" not in str(error.value)
 
 
-# Fails: the first token is where it is noticed, and by then what the place held is gone.
 def test_more_steps_than_a_given_cache_has_are_named_at_the_call():
     model = thinker(3, torch.float32)
     cache = HRMCache(model, max_steps=2)

@@ -162,9 +162,8 @@ def test_cached_attention_token_by_token_is_attention_of_the_whole():
         (dict(kv=torch.zeros(3, 6, 2, 2, 6)), "tokens are of a cache of 5 positions, kv has 6"),
         (dict(spans=[(3, 0, 2)]), "lie outside a cache of 3 rows x 5 positions"),
         (dict(spans=[(0, 4, 6)]), "lie outside a cache of 3 rows x 5 positions"),
-        # The rest fails: Python's IndexErrors, torch's, or, for a row that comes twice, numbers.
-        (dict(spans=[(-1, 0, 2)]), "lie outside a cache of 3 rows x 5 positions"),
-        (dict(spans=[(0, -1, 1)]), "lie outside a cache of 3 rows x 5 positions"),
+        (dict(spans=[(-1, 0, 2)]), "lie outside a cache; rows and positions begin at 0"),
+        (dict(spans=[(0, -1, 1)]), "lie outside a cache; rows and positions begin at 0"),
         (dict(spans=[(0, 1, 2), (0, 2, 3)]), "row 0 comes twice"),
         (dict(spans=[(0, 1, 3), (1, 2, 2)]), "empty"),
         (dict(spans=[], qkv=torch.zeros(1, 0, 48)), "no tokens"),
