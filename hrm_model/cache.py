@@ -178,8 +178,7 @@ class HRMCache:
 
     def decoder(self) -> NewestDecoder | None:
         """What starts new tokens without waiting, where kernels do; made once for each choice of kernels."""
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := self.device.type) else None
-        key = *ops.choices(), autocast
+        key = *ops.choices(), torch.is_autocast_enabled(self.device.type)
         if key not in self._decoders:
             from .newest import NewestDecoder
 

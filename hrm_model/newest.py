@@ -57,7 +57,13 @@ class NewestDecoder:
 
     @classmethod
     def of(cls, model: HRMForCausalLM, cache: HRMCache) -> NewestDecoder | None:
-        """A decoder, where kernels run the loop over steps and attend to the cache; else None."""
+        """A decoder, where kernels run the loop over steps and attend to the cache; else None.
+
+        None under autocast too: its copies of weights do not outlive a call, and a graph would go on reading them. A
+        model that only decodes is better converted to the narrower type as a whole.
+        """
+        if torch.is_autocast_enabled(cache.device.type):
+            return None
         core = model.hrm_core
         why_not = core.why_not_plain()
         driver = core.kernels.driver(None if why_not else core.weights(), cache.x, why_not)
