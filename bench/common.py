@@ -98,18 +98,6 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be asked for; None where it cannot be read."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
 class Activity(NamedTuple):
     """What a call makes the device do."""
 

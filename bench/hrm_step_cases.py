@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import hrm_kernels as ops
-from bench.common import free_bytes
 from bench.published import PublishedHRM
 from hrm_model import HRMConfig, HRMForCausalLM
+from hrm_model.cache import free_bytes
 from hrm_model.core import HRMCore
 from hrm_model.host_loop import Batch
 from hrm_model.training.device import compile_blocks

@@ -198,8 +198,11 @@ def _run(
         with evaluating(model):
             tokens, logprobs, steps = engine.next(active, draw_now)
         if not all(map(math.isfinite, logprobs)):
+            for row in active:
+                engine.wipe(row)
+            bad = next(row.number for row, logprob in zip(active, logprobs, strict=True) if not math.isfinite(logprob))
             raise ValueError(
-                f"the model's logits are not finite (log-probabilities {logprobs}); its weights are damaged"
+                f"the model's logits are not finite (row {bad}): its weights are damaged, or too large for their type"
             )
         events = [
             _event(row, int(token), logprob, executed, limits)
@@ -254,16 +257,14 @@ def _rows(model: HRMForCausalLM, prompts, seed, force_steps, max_steps: int | No
         if len(ids) == 0:
             raise ValueError(f"prompt {number} is empty; give at least one token, such as {END_OF_TEXT}, end of text")
         check_ids(ids, config.vocab_size, f"prompt {number}: ")
-    seeds = (
-        [seed] * len(prompts) if isinstance(seed, Integral) else list(seed) if isinstance(seed, Sequence) else [seed]
-    )
+    # one seed for all: each row a stream of its own; a seed for each: the same draws, whichever row has it
+    shared = not isinstance(seed, Sequence)
+    seeds = [seed] * len(prompts) if shared else seed
     for one in seeds:
         if not isinstance(one, Integral):
             raise ValueError(f"seed {one!r} must be an integer, or a list of one for each row")
     if len(seeds) != len(prompts):
         raise ValueError(f"seed has {len(seeds)} entries for {len(prompts)} rows; give one each, or one number")
-    # one seed for all: each row a stream of its own; a seed for each: the same draws whichever row has it
-    shared = isinstance(seed, Integral)
     keys = [(one, TOKEN_STREAM + ((number << 8) if shared else 0)) for number, one in enumerate(seeds)]
     scheduled = isinstance(force_steps, Sequence) and any(isinstance(n, Sequence) for n in force_steps)
     if scheduled:

@@ -619,7 +619,9 @@ def test_damaged_weights_are_one_clear_error(use_cache, options):
     model = thinker(3, torch.float32)
     with torch.no_grad():
         model.ln_f.weight[3] = math.nan
-    with pytest.raises(ValueError, match=r"^the model's logits are not finite .* its weights are damaged$") as error:
+    with pytest.raises(
+        ValueError, match=r"^the model's logits are not finite \(row \d\): its weights are damaged"
+    ) as error:
         generated(model.train(), PROMPTS, 3, use_cache=use_cache, **options)
     assert "\n" not in str(error.value) and model.training
 
@@ -681,3 +683,18 @@ def test_more_steps_than_a_given_cache_has_are_named_at_the_call():
     with pytest.raises(ValueError, match="5 steps are more than the cache's max_steps 2"):
         stream(model, [[1, 2]], 2, cache=cache)
     assert cache.ids(0) == [7, 8, 9]
+
+
+def test_a_row_that_was_not_finite_leaves_nothing_in_its_place():
+    """A place beside it, and the next row in its own, compute as if it had never been."""
+    model = thinker(3, torch.float32)
+    cache, sound = HRMCache(model, rows=2), [5, 6, 7]
+    alone = generated(model, [sound], 3, temperature=0.0)
+    with torch.no_grad():
+        whole = model.wte.weight[9].clone()
+        model.wte.weight[9] = float("nan")
+        with pytest.raises(ValueError, match="not finite"):
+            generated(model, [[9, 9, 9, 9, 9, 9], [1, 2]], 2, temperature=0.0, cache=cache)
+        model.wte.weight[9] = whole
+    assert all(torch.isfinite(t).all() for t in (cache.x, cache.z_H, cache.z_L, cache.kv_core, cache.kv_output))
+    assert_same(generated(model, [sound], 3, temperature=0.0, cache=cache), alone)
