@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MOST_SHAPES = 8
 """Shapes of batches whose captured graphs a loop keeps, the latest. They share one piece of memory."""
 
-MOST_GRAPHS = 4
+MOST_GRAPHS = 6
 """Graphs of one shape: for other weights, halting biases, numbers of steps."""
 
 
@@ -270,13 +270,15 @@ class _Shape:
         from .kernels.launch import power_of_2, precision
 
         tensors = [t for block in (*weights.L, *weights.H) for t in block if t is not None]
-        addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias, *(past or ())))
+        addresses = tuple(t.data_ptr() for t in (*tensors, weights.q, weights.q_bias))
+        # of a cache the sizes too: another one may lie at the same address
+        cached = tuple((t.data_ptr(), t.shape, t.dtype) for t in past or ())
         most = None
         if driver == "graph":
             most = power_of_2(steps.most)  # so that calls of changing depth share one
             steps = replace(steps, most=most)
         # whatever a kernel was started with and no memory holds
-        key = driver, sizes, addresses, precision(self.space.qkv.dtype), most
+        key = driver, sizes, addresses, cached, precision(self.space.qkv.dtype), most
         if key not in self._graphs:
             self._graphs[key] = drivers.capture(driver, steps)
             while len(self._graphs) > MOST_GRAPHS:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor
 WORTH = 3
 """Uses after which a weight is packed: packing reads and writes it once, and fewer uses would not win that back."""
 
-SMALLEST = 1 << 17
+SMALLEST = 80_000
 """Numbers of a matrix from which on packing pays: a call takes about 13 us more, which smaller ones do not win back."""
 
 _local = threading.local()
@@ -31,34 +31,35 @@ class PackedWeights:
     (Changes through `.data` go unnoticed, as they do by autograd.)"""
 
     def __init__(self):
-        self._copies: dict[int, tuple[Tensor, tuple[int, int], Tensor]] = {}
-        self._uses: Counter[int] = Counter()
+        self._copies: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple, Tensor]] = {}
+        self._uses: Counter[tuple[int, ...]] = Counter()
 
     @property
     def nbytes(self) -> int:
         """Memory of the copies."""
-        return sum(weight.nbytes for weight, _, _ in self._copies.values())
+        return sum(weight.nbytes for weights, _, _ in self._copies.values() for weight in weights)
 
-    def of(self, weight: Tensor) -> Tensor | None:
-        """The packed copy; None where there is no packing."""
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < SMALLEST:
+    def of(self, *weights: Tensor) -> Tensor | None:
+        """The packed copy of [N, K] matrices of one K, one below the other; None where there is no packing."""
+        if sum(weight.numel() for weight in weights) < SMALLEST or not all(map(_packs, weights)):
             return None
-        if (
-            type(weight) not in (Tensor, torch.nn.Parameter)
-            or weight.is_inference()
-            or torch.is_autocast_enabled("cpu")
-            or not _available()
-        ):
-            return None
-        state = weight._version, weight.data_ptr()
-        known = self._copies.get(id(weight))  # the weight is kept too, so that its id stays its own
+        state = tuple((weight._version, weight.data_ptr()) for weight in weights)
+        key = tuple(map(id, weights))
+        known = self._copies.get(key)  # the weights are kept too, so that their ids stay their own
         if known is None or known[1] != state:
-            self._uses[id(weight)] += 1
-            if self._uses[id(weight)] < WORTH:
+            self._uses[key] += 1
+            if self._uses[key] < WORTH:
                 return None
-            known = weight, state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            self._copies[id(weight)] = known
+            whole = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+            known = weights, state, torch.ops.mkldnn._reorder_linear_weight(whole, None)
+            self._copies[key] = known
         return known[2]
+
+
+def _packs(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.is_inference():
+        return False
+    return type(weight) in (Tensor, torch.nn.Parameter) and not torch.is_autocast_enabled("cpu") and _available()
 
 
 @contextlib.contextmanager
@@ -72,14 +73,24 @@ def packed_weights(packed: PackedWeights) -> Iterator[None]:
         _local.packed = before
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """x w^T + b, [..., C] -> [..., N]."""
+def packed_product(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """x w^T + b of each weight, side by side: [..., K] -> [..., sum of N]. None where no packed copy is in use."""
     packed = None if torch.compiler.is_compiling() else getattr(_local, "packed", None)
-    if packed is not None and x.dtype == w.dtype and not torch.is_grad_enabled():
-        copy = packed.of(w)
-        if copy is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, copy, b, "none", [], "")
-    return F.linear(x, w, b)
+    if packed is None or x.dtype != weights[0].dtype or torch.is_grad_enabled():
+        return None
+    copy = packed.of(*weights)
+    if copy is None:
+        return None
+    bias = None
+    if biases[0] is not None:
+        bias = biases[0] if len(biases) == 1 else torch.cat(list(biases))
+    return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x w^T + b, [..., K] -> [..., N]."""
+    product = packed_product(x, (w,), (b,))
+    return F.linear(x, w, b) if product is None else product
 
 
 @functools.cache

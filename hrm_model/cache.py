@@ -80,11 +80,27 @@ def free_bytes(device: torch.device) -> int | None:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-    try:  # a container's own limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
-    except (OSError, ValueError):
+    return min(free, _left_in_container(free))
+
+
+def _left_in_container(free: int) -> int:
+    """What a control group's limit leaves, pages of files that it can give back included; `free` without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(held["inactive_file"]))
+    except (OSError, ValueError, KeyError):
         return free
-    return max(0, min(free, limit - used))
+
+
+def room(model: HRMForCausalLM) -> int | None:
+    """Bytes that a cache of this model may take, in full; None where that cannot be read. On a CPU packed copies of the
+    weights come beside it."""
+    free, weight = free_bytes(model.device), model.wte.weight
+    if free is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return free
+    return max(0, free - model.num_parameters() * weight.itemsize)
 
 
 class HRMCache:
@@ -117,6 +133,21 @@ class HRMCache:
         self.bytes_per_token = bytes_per_token(config, self.max_steps, dtype, kv_dtype)
         self._check_room(model)
 
+        with torch.inference_mode(False):  # memory made within it could not be written to outside it
+            self._allocate(model, dtype, kv_dtype)
+        self._ids: list[list[int]] = [[] for _ in range(self.rows)]
+        self.done = [[0] * self.max_steps for _ in range(self.rows)]
+        """Of each row and step, how many positions have run it; never rises with the step."""
+        self.decoded = [[0] * self.max_steps for _ in range(self.rows)]
+        """Of each row and depth, how many positions have gone through the output blocks."""
+        self.work = Work()
+        self._doubted: set[int] = set()
+        self._decoders: dict[tuple, NewestDecoder | None] = {}
+        self.packed = ops.PackedWeights()
+        """On a CPU, a copy of the weights in a faster layout, made as they are used."""
+
+    def _allocate(self, model: HRMForCausalLM, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+        config, kind = self.config, self.device.type
         r, p, c, s = self.rows, self.positions, config.n_embd, self.max_steps
         one = (2, config.kv_heads, config.head_dim)
         state = {"dtype": dtype, "device": self.device}
@@ -131,26 +162,14 @@ class HRMCache:
         self.kv_core = torch.zeros((s, config.blocks_per_step, r, p, *one), **kv)
         self.kv_output = torch.zeros((config.n_output_layers, s * r, p, *one), **kv)
         self.rotary = model.rotary(p)
-        self._ids: list[list[int]] = [[] for _ in range(r)]
-        self.done = [[0] * s for _ in range(r)]
-        """Of each row and step, how many positions have run it; never rises with the step."""
-        self.decoded = [[0] * s for _ in range(r)]
-        """Of each row and depth, how many positions have gone through the output blocks."""
-        self.work = Work()
-        self._doubted: set[int] = set()
-        self._decoders: dict[tuple, NewestDecoder | None] = {}
-        self.packed = ops.PackedWeights()
-        """On a CPU, a copy of the weights in a faster layout, made as they are used."""
 
     def _check_room(self, model: HRMForCausalLM) -> None:
-        wanted, free = self.rows * self.positions * self.bytes_per_token, free_bytes(self.device)
-        packed = model.num_parameters() * 4 if self.device.type == "cpu" else 0
-        if free is not None and wanted + packed > free:
+        wanted, free = self.rows * self.positions * self.bytes_per_token, room(model)
+        if free is not None and wanted > free:
             raise ValueError(
                 f"a cache of {self.rows} rows x {self.positions} positions x {self.max_steps} steps takes "
-                f"{wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {self.device}: "
-                f"{max(0, free - packed) // self.bytes_per_token} positions in all fit; take fewer rows (batch_size), "
-                f"fewer tokens or a smaller max_steps"
+                f"{wanted / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on {self.device}, which is "
+                f"{free // self.bytes_per_token} positions in all; take fewer rows, shorter ones or a smaller max_steps"
             )
 
     @property
@@ -178,8 +197,10 @@ class HRMCache:
 
     def decoder(self) -> NewestDecoder | None:
         """What starts new tokens without waiting, where kernels do; made once for each choice of kernels."""
-        key = *ops.choices(), torch.is_autocast_enabled(self.device.type)
-        if key not in self._decoders:
+        told = torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+        key = *ops.choices(), *told, torch.is_autocast_enabled(self.device.type)
+        known = self._decoders.get(key)
+        if key not in self._decoders or (known is not None and not known.fits()):
             from .newest import NewestDecoder
 
             self._decoders[key] = NewestDecoder.of(self.model, self)

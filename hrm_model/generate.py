@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import HRMCache, Work, bytes_per_token, free_bytes
+from hrm_kernels import to_device
+
+from .cache import HRMCache, Work, bytes_per_token, room
 from .config import END_OF_TEXT
-from .incremental import check_depths_fit, check_ids, evaluating
+from .incremental import check_depths_fit, check_ids, check_model, evaluating
 from .keyed import TOKEN_STREAM, keyed_uniform
 from .model import HRMForCausalLM, check_halt_bias, checked_depths
 from .rows import Cached, Recomputing, Row
@@ -113,8 +115,8 @@ def stream(
         prompts: ids of each row, at least one. max_new_tokens: of each row. sampling: how tokens are drawn.
         min_new_tokens: before these no stop token is drawn, and no stop string ends a row.
         stop: strings that end a row. stop_tokens: ids that do; None or () for none.
-        seed: one number, with which each row draws differently, or one for each row. A draw is a function of the row's
-            seed and the token's number alone.
+        seed: one number, with which each row draws differently, or one for each row. The number that a token is drawn
+            at is a function of the seed, the token's number and, where all share one seed, the row's.
         max_steps, halt_bias: as in HRMForCausalLM.forward.
         force_steps: exact steps for every token; a list has a number for each row, or a list for each row with a number
             for each of its new tokens (the last goes on). 0 in a list lets the head decide.
@@ -132,11 +134,13 @@ def stream(
     """
     sampling = sampling or Sampling()
     sampling.check_vocabulary(model.config.vocab_size)
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    stop_tokens = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens or ())
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stop_tokens = (stop_tokens,) if isinstance(stop_tokens, Integral) else tuple(stop_tokens or ())
     rows = _rows(model, prompts, seed, force_steps, max_steps)
     _at_least("max_new_tokens", max_new_tokens, 0)
     _at_least("min_new_tokens", min_new_tokens, 0)
+    if min_new_tokens > max_new_tokens > 0:
+        raise ValueError(f"min_new_tokens {min_new_tokens} is more than max_new_tokens {max_new_tokens}")
     _at_least("batch_size", len(prompts) if batch_size is None else batch_size, 1)
     _at_least("drop_oldest", drop_oldest, 1)
     _check_stops(stop, stop_tokens)
@@ -147,6 +151,7 @@ def stream(
     if drop_oldest > 1 and drop_oldest >= window:
         raise ValueError(f"drop_oldest {drop_oldest} must be below the window of {window} tokens")
     if cache is not None:
+        check_model(model, cache)
         check_depths_fit(cache, [n or max_steps or model.config.hrm_max_steps for row in rows for n in row.forced])
     for row in rows:
         row.text = StoppedText(tokenizer or get_tokenizer(), stop)
@@ -226,7 +231,7 @@ def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) 
         forbidden = torch.zeros(logits.shape, dtype=torch.bool)
         known = [token for token in limits.stop_tokens if token < logits.shape[1]]
         forbidden[torch.tensor(early)[:, None], torch.tensor(known, dtype=torch.int64)] = True
-        forbidden = forbidden.to(logits.device)
+        forbidden = to_device(forbidden, logits.device)
     return draw(logits, uniform, sampling, seen, forbidden)
 
 
@@ -286,7 +291,7 @@ def _check_stops(stop: tuple, stop_tokens: tuple) -> None:
     if "" in stop:
         raise ValueError("a stop string is empty, which every text contains; give at least one character")
     for token in stop_tokens:
-        if not isinstance(token, Integral) or token < 0:
+        if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
             raise ValueError(f"stop token {token!r} is no id; ids begin at 0, and text goes to stop")
 
 
@@ -299,7 +304,7 @@ def _new_cache(
     steps = config.hrm_max_steps if max_steps is None else max_steps
     depths = {n for row in rows for n in row.forced}
     steps = steps if 0 in depths else max(depths)
-    n_rows, free = len(rows), free_bytes(model.device)
+    n_rows, free = len(rows), room(model)
     if batch_size is not None:
         n_rows = min(n_rows, batch_size)
     elif free is not None:

@@ -197,8 +197,7 @@ def _checked(
 ) -> tuple[dict[int, tuple[int, bool]], float]:  # fmt: skip
     """(row -> steps after which it is done and whether it may be earlier, halting bias)."""
     config = model.config
-    if cache.model is not model:
-        raise ValueError("the cache was made for another model, whose numbers it holds; make one for this model")
+    check_model(model, cache)
     if not new:
         raise ValueError("no rows to extend; give at least one")
     for row, ids in new.items():
@@ -220,10 +219,18 @@ def _checked(
     return {row: (n or max_steps, n == 0 and max_steps > 1) for row, n in zip(new, forced, strict=True)}, halt_bias
 
 
+def check_model(model: HRMForCausalLM, cache: HRMCache) -> None:
+    """Raises ValueError where the cache is another model's."""
+    if cache.model is not model:
+        raise ValueError("the cache was made for another model, whose numbers it holds; make one for this model")
+
+
 def check_ids(ids: Sequence[int], vocab_size: int, whose: str) -> None:
     """Raises ValueError for what is no id of this vocabulary; `whose` begins the message."""
     for token in ids:
-        if not isinstance(token, Integral) or not 0 <= token < vocab_size:
+        if not isinstance(token, Integral):
+            raise ValueError(f"{whose}token id {token!r} is no integer; give ids as a list of integers")
+        if not 0 <= token < vocab_size:
             raise ValueError(f"{whose}token id {token} is outside 0..{vocab_size - 1} (vocab_size {vocab_size})")
 
 

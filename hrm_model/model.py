@@ -230,6 +230,8 @@ class HRMForCausalLM(nn.Module):
 
 def check_halt_bias(halt_bias: float) -> None:
     """Raises ValueError where it is no number."""
+    if not isinstance(halt_bias, (int, float)):
+        raise ValueError(f"halt_bias {halt_bias!r} is no number; give one, such as 0.0")
     if math.isnan(halt_bias):
         raise ValueError("halt_bias is nan; give a number (inf halts every row after one step, -inf none)")
 

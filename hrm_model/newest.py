@@ -11,6 +11,7 @@ incremental.py to finish, and so is one whose earlier tokens were not decoded at
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -36,16 +37,18 @@ class Started(NamedTuple):
 
 
 class NewestDecoder:
-    """Decodes over one cache. Holds graphs and the addresses of the model's parameters: a model that was moved or
-    converted wants another cache.
+    """Decodes over one cache. Holds graphs, and so addresses of the model's parameters.
 
     Args:
         driver: who starts the steps, of hrm_kernels/drivers.py; "host" takes no graphs at all.
     """
 
     def __init__(self, model: HRMForCausalLM, cache: HRMCache, driver: str):
-        self.model, self.cache, self.driver = model, cache, driver
+        self.model, self.driver = model, driver
+        # the cache keeps its decoders: a reference back would keep both until the garbage collector comes by
+        self._cache = weakref.ref(cache)
         self._weights = model.hrm_core.weights()
+        self._parameters = [(p, p.data_ptr()) for p in model.parameters()]
         n, c, device = cache.rows, model.config.n_embd, cache.device
         self._row = torch.arange(n, device=device)
         self._ids, self._position, self._plane = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(3))
@@ -54,6 +57,15 @@ class NewestDecoder:
         self._past = ops.StepPast(cache.kv_core, cache.z_H, cache.z_L, cache.sums, self._position)
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._logits: Tensor | None = None
+
+    @property
+    def cache(self) -> HRMCache:
+        """The cache it decodes over."""
+        return self._cache()
+
+    def fits(self) -> bool:
+        """Whether the model's parameters are where they were: graphs hold addresses."""
+        return all(p.data_ptr() == address for p, address in self._parameters)
 
     @classmethod
     def of(cls, model: HRMForCausalLM, cache: HRMCache) -> NewestDecoder | None:
@@ -69,6 +81,8 @@ class NewestDecoder:
         driver = core.kernels.driver(None if why_not else core.weights(), cache.x, why_not)
         if driver is None or not ops.runs_kernel("cached_attention", cache.x):
             return None
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            driver = "host"  # a graph would not call them
         return cls(model, cache, driver)
 
     def start(

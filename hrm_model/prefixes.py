@@ -24,6 +24,7 @@ from torch import Tensor
 import hrm_kernels as ops
 
 from .config import END_OF_TEXT
+from .incremental import evaluating
 
 # Rows of logits alive at a time: 128 x 50,304 float32 is 26 MB.
 LOGIT_ROWS = 128
@@ -73,12 +74,8 @@ def prefixes(model, ids: Tensor, *, max_steps: int | None = None, halt_bias: flo
     halt_bias = config.halt_bias if halt_bias is None else halt_bias
     n_ids = min(config.vocab_size, END_OF_TEXT + 1)
     _check(ids, config.block_size, n_ids, max_steps, halt_bias)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _unroll(model, ids.to(model.device, torch.int64), n_ids, max_steps, halt_bias)
-    finally:
-        model.train(was_training)
 
 
 def _unroll(model, ids: Tensor, n_ids: int, max_steps: int, halt_bias: float) -> Prefixes:

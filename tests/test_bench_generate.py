@@ -177,7 +177,7 @@ def test_a_size_without_memory_is_left_out_with_its_reason(run, monkeypatch):
     monkeypatch.setattr("hrm_model.cache.free_bytes", lambda device: 400_000)
     status, output, summary = run("--batches", "1", "32", "--tokens", "2", "--varying", "2")
     assert status == 0 and {cell["batch"] for cell in summary["cells"]} == {1}
-    assert "GB are free" in summary["skipped"]["context 16, batch 32"] and "not measured: context 16" in output
+    assert "MB are free" in summary["skipped"]["context 16, batch 32"] and "not measured: context 16" in output
 
 
 def test_bfloat16_is_held_to_the_recomputed_ones_own_error(run):

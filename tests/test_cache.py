@@ -526,8 +526,8 @@ def test_a_cache_that_does_not_fit_is_refused_with_what_would():
     with pytest.raises(ValueError) as error:
         HRMCache(model, rows=10**9)
     message = str(error.value)
-    wanted = f"{10**9 * 32 * bytes_per_token(model.config) / 1e9:.1f} GB"
-    for part in ("1000000000 rows x 32 positions x 5 steps", wanted, "free on cpu", "fewer rows (batch_size)"):
+    wanted = f"{10**9 * 32 * bytes_per_token(model.config) / 1e6:,.1f} MB"
+    for part in ("1000000000 rows x 32 positions x 5 steps", wanted, "free on cpu", "fewer rows"):
         assert part in message
     assert "\n" not in message
 
@@ -672,3 +672,11 @@ def test_in_bfloat16_the_cache_rounds_no_worse_than_a_forward_pass(how):
     truth = torch.stack([whole(wide, rows, force_steps=forced).logits for rows, forced in truth])
     error, usual = (relative_error(torch.stack(logits), truth) for logits in (found, passes))
     assert 1e-4 < usual < 0.05 and error <= 1.2 * usual
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_it():
+    model = thinker(0)
+    with torch.inference_mode():
+        cache = HRMCache(model)
+        extend(model, cache, {0: [1, 2]})
+    assert_exact(model, cache, {0: [3]})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -194,3 +196,50 @@ def test_a_model_with_other_modules_decodes_without_the_loop_on_kernels(tiles):
         assert HRMCache(net, rows=1).decoder() is None
     with ops.use_backend("triton"), pytest.raises(BackendError, match="forward hook"):
         HRMCache(net, rows=1).decoder()
+
+
+def test_a_graph_is_not_that_of_another_cache_at_the_same_address(monkeypatch):
+    """Sizes are part of what a kernel was started with; memory that was given back is handed out again."""
+    from types import SimpleNamespace
+
+    from hrm_kernels import drivers
+    from hrm_kernels.loop import _Shape
+
+    net, captured = model(), []
+    monkeypatch.setattr(drivers, "capture", lambda driver, steps: captured.append(steps) or len(captured))
+    shape = _Shape(SimpleNamespace(qkv=torch.zeros(1)))
+    steps = drivers.Steps(lambda: None, torch.ones(1, dtype=torch.int32), 4, True)
+    memory, rest = torch.zeros(2 * 24 * 16), [torch.zeros(1)] * 4
+    graphs = {
+        positions: shape.graph(
+            "while", steps, net.hrm_core.weights(), None,
+            ops.StepPast(memory[: 2 * positions * 16].view(2, positions, 16), *rest),
+        )
+        for positions in (24, 23, 24)
+    }  # fmt: skip
+    assert len(captured) == 2 and graphs[24] != graphs[23]
+
+
+def test_a_cache_that_nobody_holds_is_given_back_at_once(tiles):
+    net = model()
+    gc.disable()
+    try:
+        with ops.use_backend("triton"):
+            cache = HRMCache(net, rows=1)
+            extend(net, cache, {0: [1, 2]}, force_steps=1)
+            extend(net, cache, {0: [3]}, force_steps=1)
+        seen = weakref.ref(cache)
+        del cache
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_was_moved_gets_another_decoder(tiles):
+    net = model()
+    with ops.use_backend("triton"):
+        cache = HRMCache(net, rows=1)
+        before = cache.decoder()
+        assert cache.decoder() is before
+        net.lm_head.weight.data = net.lm_head.weight.data.clone()
+        assert cache.decoder() is not before
