@@ -210,6 +210,27 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
+def write_file(path: Path, data: bytes, overwrite: bool) -> None:
+    """Put `data` at `path`, whole or not at all; however it ends, no other file stays behind.
+
+    Raises:
+        FileExistsError: without `overwrite`, something is there, looked for once the data are on disk.
+        OSError: it cannot be written.
+    """
+    temporary = beside(path, "tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not overwrite and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def beside(target: Path, kind: str) -> Path:
     """A new name next to `target` that says whose it is: kind "tmp" is being written, "old" is being replaced."""
     return target.with_name(f".{kind}-{target.name}.{os.getpid()}.{secrets.token_hex(4)}.{_SPACE}")

@@ -24,7 +24,7 @@ import torch
 
 import hrm_kernels as ops
 
-from .config import HRMConfig
+from .config import HRMConfig, is_int
 
 if TYPE_CHECKING:
     from .model import HRMForCausalLM
@@ -282,6 +282,6 @@ def agree(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(f"{name} {value!r} must be an integer of at least 1")
     return value

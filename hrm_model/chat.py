@@ -18,14 +18,12 @@ from typing import Any
 
 from .cache import HRMCache
 from .chat_commands import COMMANDS, run_command
-from .config import END_OF_TEXT, HRMConfig
-from .generate import stream
+from .config import END_OF_TEXT, HRMConfig, is_int, is_number
+from .generate import DEPTH_UPDATES, stream
 from .sampling import Sampling
 from .tally import Tally
 from .template import INSTRUCTION, LABELS, Labels, answer_of, prompt, stop_strings, trim
 from .text_input import checked_text
-
-DEPTH_UPDATES = ("token", "turn")
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,18 @@ class ChatSettings:
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("seed", 0), ("max_history", 0)):
             value = getattr(self, name)
-            if not ((_is_int(value) and value >= least) or (value is None and name == "max_history")):
+            if not ((is_int(value) and value >= least) or (value is None and name == "max_history")):
                 raise ValueError(f"{name} {value!r:.40} must be an integer of at least {least}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}; lower it"
+                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}; lower the one "
+                "or raise the other"
             )
         for name in ("force_steps", "max_steps"):
             value = getattr(self, name)
-            if value is not None and not (_is_int(value) and value >= 1):
+            if value is not None and not (is_int(value) and value >= 1):
                 raise ValueError(f"{name} {value!r:.40} must be an integer of at least 1, or none at all")
-        if self.halt_bias is not None and (not _is_number(self.halt_bias) or math.isnan(self.halt_bias)):
+        if self.halt_bias is not None and (not is_number(self.halt_bias) or math.isnan(self.halt_bias)):
             raise ValueError(f"halt_bias {self.halt_bias!r:.40} must be a number; positive halts earlier")
         if self.depth_update not in DEPTH_UPDATES:
             raise ValueError(f"depth_update {self.depth_update!r:.40} is none of {', '.join(DEPTH_UPDATES)}")
@@ -108,10 +107,8 @@ class ChatSettings:
         if not (isinstance(labels, list) and len(labels) == 2 and all(isinstance(text, str) for text in labels)):
             raise ValueError(f"labels {labels!r:.40} must be two texts")
         for name, value in values["sampling"].items():
-            if not (_is_number(value) or value is None):
+            if not (is_number(value) or value is None):
                 raise ValueError(f"{name} {value!r:.40} is no number")
-        for text in labels:
-            checked_text(text, "a label")
         return cls(**values | {"sampling": Sampling(**values["sampling"]), "labels": Labels.of(*labels)})
 
 
@@ -138,7 +135,7 @@ class ChatSession:
         """Every question and answer, {"role", "content"} each; it never loses a turn."""
         self.tally = Tally()
         """Tokens, seconds and steps of all answers."""
-        self.cache = HRMCache(model, rows=1, max_steps=self.settings.max_steps)
+        self.cache = self._new_cache(self.settings)
         self.left_out = 0
         """Oldest turns that were not in the last prompt because the window was full."""
         self.prompt_ids: list[int] = []
@@ -161,7 +158,7 @@ class ChatSession:
     def settings(self, settings: ChatSettings) -> None:
         settings.check(self.model.config)
         if hasattr(self, "cache") and settings.limit(self.model.config) > self.cache.max_steps:
-            self.cache = HRMCache(self.model, rows=1, max_steps=settings.max_steps)
+            self.cache = self._new_cache(settings)
         self._settings = settings
 
     @property
@@ -179,17 +176,16 @@ class ChatSession:
     def ask(self, text: str) -> Iterator:
         """Answer a question: an iterator of generation events (see hrm_model.generate.stream), one a token.
 
-        Question and answer enter the history when the iterator ends; closed early, the answer is what there was.
-        If an error ends it, the history stays as it was.
+        Question and answer enter the history when the iterator ends; closed early, or interrupted by Ctrl-C, the answer
+        is what there was. If an error ends it, the history stays as it was.
 
         Raises:
             ValueError: at once, with the history as it was: nothing in it, no UTF-8, or longer than the window.
         """
         question = {"role": "user", "content": checked_text(text, "the message")}
         ids = self._prompt([*self._recent(), question])
-        self.prompt_ids, held = ids, self.cache.ids(0)
-        differs = (i for i, (a, b) in enumerate(zip(ids, held, strict=False)) if a != b)
-        self.reused = min(next(differs, len(ids)), len(held), len(ids) - 1)
+        self.prompt_ids = ids
+        self.reused = min(self.cache.common(0, ids), len(ids) - 1)
         return self._answer(question, ids)
 
     def set(self, **changes: Any) -> None:
@@ -231,6 +227,16 @@ class ChatSession:
         self.history[:] = messages
         self.left_out = 0
 
+    def _new_cache(self, settings: ChatSettings) -> HRMCache:
+        config = self.model.config
+        try:
+            return HRMCache(self.model, rows=1, max_steps=settings.max_steps)
+        except ValueError as error:  # its remedies are those of a batch
+            raise ValueError(
+                f"max_steps {settings.limit(config)} needs more memory for a window of {config.block_size} tokens than "
+                f"is free on {self.model.device}; take fewer steps"
+            ) from error
+
     def _recent(self) -> list[dict[str, str]]:
         most = self.settings.max_history
         return self.history if most is None else self.history[len(self.history) - min(2 * most, len(self.history)) :]
@@ -271,7 +277,7 @@ class ChatSession:
             for event in self.tally.counted(events):
                 parts.append(event.text)
                 yield event
-        except GeneratorExit:
+        except (GeneratorExit, KeyboardInterrupt):
             self._keep(question, parts)
             raise
         self._keep(question, parts)
@@ -286,11 +292,3 @@ def _check_names(values: Any, known: Any, what: str) -> None:
     for problem, names in (("unknown", values.keys() - set(known)), ("missing", set(known) - values.keys())):
         if names:
             raise ValueError(f"{problem} in {what}: {', '.join(sorted(map(repr, names)))[:80]}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .chat_file import read_chat, write_chat
 from .template import INSTRUCTION
+from .terminal import as_typed
 from .text_input import checked_text
 
 
@@ -33,7 +34,10 @@ def run_command(session, line: str) -> str:
         near = difflib.get_close_matches(name, [*COMMANDS, *_ALIASES], n=1)
         remedy = f"did you mean {near[0]}?" if near else 'to send it as a message, put it between """ and """;'
         raise ValueError(f"unknown command {_short(name)}; {remedy} /help lists the commands")
-    return COMMANDS[name].run(session, checked_text(argument.strip(), f"what follows {name}"))
+    command, argument = COMMANDS[name], checked_text(argument.strip(), f"what follows {name}")
+    if argument and " " not in command.usage:
+        raise ValueError(f"{name} takes nothing after it, not {_short(argument)}; write {name} alone")
+    return command.run(session, argument)
 
 
 def _help(session, argument: str) -> str:
@@ -120,14 +124,18 @@ def _number(name: str, field: str, convert: Callable[[str], float], example: str
                 kind = "an integer" if convert is int else "a number"
                 others = f" or {' or '.join(words)}" if words else ""
                 raise ValueError(f"{name} {_short(argument)} is not {kind}{others}; write e.g. {example}") from None
-        session.set(**{field: value})
+        try:
+            session.set(**{field: value})
+        except ValueError as error:
+            typed = {field: example.split()[0], "min_new_tokens": "--min-new-tokens"}
+            raise as_typed(error, typed | {"None for all": "off", "leave it out to keep": "off keeps"}) from error
         return f"{name} {_shown(value, words)}"
 
     return run
 
 
 def _shown(value, words: dict | None) -> str:
-    return next((word for word, meaning in (words or {}).items() if meaning == value), f"{value}")
+    return next((word for word, meaning in (words or {}).items() if meaning == value), f"{value}".removesuffix(".0"))
 
 
 def _hrm(session, argument: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .atomic import beside, sync_directory
+from .atomic import write_file
 from .template import check_messages
 from .text_input import checked_text
 
@@ -36,25 +36,16 @@ def write_chat(path: str, content: dict[str, Any], overwrite: bool) -> Path:
     target = _path(path, "/save")
     if target.is_dir():
         raise ValueError(f"{target} is a folder; name a file, e.g. {target / 'chat.json'}")
-    if os.path.lexists(target):
-        if not target.is_file():
-            raise ValueError(f"{target} is no regular file; choose another name")
-        if not overwrite:
-            raise ValueError(f"{target} exists; choose another name, or replace it with /save! {path}")
-        target = target.resolve()  # a link stays a link
+    if os.path.lexists(target) and not target.is_file():
+        raise ValueError(f"{target} is no regular file; choose another name")
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent}; make it first, or choose another")
     data = json.dumps({"format": FORMAT, "version": VERSION} | content, indent=2, ensure_ascii=False) + "\n"
-    temporary = beside(target, "tmp")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_directory(target.parent)
+        write_file(target.resolve(), data.encode("utf-8"), overwrite)  # resolved: a link stays a link
+    except FileExistsError:
+        raise ValueError(f"{target} exists; choose another name, or replace it with /save! {path}") from None
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"cannot write {target}: {error.strerror}; nothing was saved, try another place") from error
     return target
 

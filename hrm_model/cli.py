@@ -1,7 +1,7 @@
 """The command `hrm`, also `python -m hrm_model`: finds the command that is asked for and ends it as a shell expects.
 
-Exit status: what the command says (0 is success), 1 an error named on the last line, 2 a wrong command line, 130
-stopped by Ctrl-C, 141 the reader of a pipe went away.
+Exit status: what the command says (0 is success), 1 an error (of a chat on a pipe, any line's), 2 a wrong command line,
+130 stopped by Ctrl-C, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations

@@ -129,11 +129,16 @@ class HRMConfig:
         """Block applications in one HRM step."""
         return self.hrm_H_cycles * (self.hrm_L_cycles * self.hrm_L_layers + self.hrm_H_layers)
 
+    @property
+    def head_is_trained(self) -> bool:
+        """Whether the halting head learned to decide: neither "none" nor "published" gave it anything to learn from."""
+        return self.halting not in ("none", "published")
+
     def _faults(self):
         sound = set()
         for name, least in _MINIMUM.items():
             value = getattr(self, name)
-            if not _is_int(value):
+            if not is_int(value):
                 yield f"{name} {value!r} is not an integer"
             elif value < least:
                 yield f"{name} {value} is below its minimum {least}"
@@ -144,11 +149,11 @@ class HRMConfig:
                 yield f"{name} {getattr(self, name)!r} is not true or false"
         for name in _NUMBERS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not is_number(value) or not math.isfinite(value):
                 yield f"{name} {value!r} is not a finite number"
             else:
                 sound.add(name)
-        if self.mlp_hidden is not None and (not _is_int(self.mlp_hidden) or self.mlp_hidden < 1):
+        if self.mlp_hidden is not None and (not is_int(self.mlp_hidden) or self.mlp_hidden < 1):
             yield f"mlp_hidden {self.mlp_hidden!r} is neither null (4 n_embd) nor an integer of at least 1"
         if {"n_embd", "n_head"} <= sound:
             yield from self._head_faults(sound)
@@ -223,8 +228,14 @@ class HRMConfig:
         return cls(**{**PRESETS[name], **changes})
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether it is an integer; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float; True and False are neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _unknown_key(key: str, known: set[str]) -> str:

@@ -32,6 +32,14 @@ class Piece:
     """0: given."""
 
 
+def check_matplotlib() -> None:
+    """Raise ValueError, with the way to install it, where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError("a picture needs matplotlib: pip install 'hrm-kernels[plot]', or pass --no-png") from error
+
+
 def picture(reading: Reading, tokenizer: Tokenizer, *, title: str, facts: str) -> bytes:
     """The picture, as the bytes of a PNG file. A long text is cut after MAX_ROWS rows, and the picture says so.
 
@@ -42,10 +50,8 @@ def picture(reading: Reading, tokenizer: Tokenizer, *, title: str, facts: str) -
     Raises:
         ValueError: matplotlib is missing; says how to install it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a picture needs matplotlib: pip install 'hrm-kernels[plot]', or pass --no-png") from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
 
     pieces, seams, n_rows, left_out = _layout(reading, tokenizer)
     head, foot, margin = 1.25, 3.3, 0.4

@@ -20,7 +20,7 @@ from torch import Tensor
 from hrm_kernels import to_device
 
 from .cache import HRMCache, Work, bytes_per_token, room
-from .config import END_OF_TEXT
+from .config import END_OF_TEXT, is_int
 from .incremental import check_depths_fit, check_ids, check_model, evaluating
 from .keyed import TOKEN_STREAM, keyed_uniform
 from .model import HRMForCausalLM, check_halt_bias, checked_depths
@@ -314,7 +314,7 @@ def _new_cache(
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_int(value) or value < least:
         raise ValueError(f"{name} {value!r} must be an integer of at least {least}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hrm_kernels import to_device
 
-from .config import END_OF_TEXT
+from .config import END_OF_TEXT, is_int, is_number
 
 N_GPT2_IDS = END_OF_TEXT + 1
 """Ids from here on only pad GPT-2's vocabulary to a multiple of 64; no text has them."""
@@ -47,17 +47,15 @@ class Sampling:
     """Keep tokens with at least this share of the likeliest's probability; 0 keeps all."""
 
     def __post_init__(self):
-        if not _number(self.temperature) or not 0 <= self.temperature < math.inf:
+        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature {self.temperature!r} must be finite and at least 0 (0 is greedy)")
-        if self.top_k is not None and (
-            not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1
-        ):
+        if self.top_k is not None and (not is_int(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k {self.top_k!r} must be an integer of at least 1, or None for all")
-        if not _number(self.top_p) or not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p!r} is outside 0 < top_p <= 1 (1 keeps all)")
-        if not _number(self.min_p) or not 0 <= self.min_p <= 1:
+        if not is_number(self.min_p) or not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p!r} is outside 0 <= min_p <= 1 (0 keeps all)")
-        if not _number(self.repetition_penalty) or not 1 <= self.repetition_penalty < math.inf:
+        if not is_number(self.repetition_penalty) or not 1 <= self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty {self.repetition_penalty!r} must be at least 1 (1 is off)")
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -127,7 +125,3 @@ def _sampled(scores: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     last = (probabilities > 0).float().mul_(torch.arange(1, sums.shape[1] + 1, device=sums.device)).argmax(-1, True)
     index = torch.minimum(index, last)
     return (index if order is None else order.gather(1, index))[:, 0]
-
-
-def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

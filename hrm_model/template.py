@@ -24,6 +24,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from .text_input import checked_text
+
 INSTRUCTION = (
     "Below is a conversation between a helpful AI assistant and a human. "
     "The assistant is knowledgeable, friendly, and provides detailed, helpful responses."
@@ -45,10 +47,11 @@ class Labels(NamedTuple):
         """Labels without white space at their ends, so that "Human: " is the same label as "Human:".
 
         Raises:
-            ValueError: one is empty or has a line break, or both are the same.
+            ValueError: one is empty, has a line break or is no UTF-8, or both are the same.
         """
         found = cls(human.strip(), assistant.strip())
-        for label in found:
+        for label, what in zip(found, ("questions", "answers"), strict=True):
+            checked_text(label, f"the label of {what}")
             if not label or "\n" in label:
                 raise ValueError(f"{label!r} is no label for a role; give one line of text such as 'Human:'")
         if found.human == found.assistant:

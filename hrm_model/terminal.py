@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,6 +67,11 @@ def describe(error: Exception | str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return str(error)
+
+
+def as_typed(error: ValueError, names: Mapping[str, str]) -> ValueError:
+    """The error in a person's words: each of `names` in its message becomes what stands for it, e.g. top_k --top-k."""
+    return ValueError(re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error)))
 
 
 class StepPainter:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -12,8 +15,10 @@ from chat_helpers import ANSWER, ROOT, Person, learn, plain, turn
 from hrm_model import get_tokenizer, load_model
 from hrm_model.chat import ChatSession, ChatSettings
 from hrm_model.chat_file import MAX_BYTES
+from hrm_model.commands.chat import answer
 from hrm_model.sampling import Sampling
 from hrm_model.template import INSTRUCTION, encode, prompt
+from hrm_model.terminal import Screen
 
 TOKENIZER = get_tokenizer()
 GREEDY = Sampling(temperature=0)
@@ -156,6 +161,57 @@ def test_forced_steps_are_taken_by_every_token_and_auto_gives_the_decision_back(
     assert [e.steps for e in session.ask("Hi")] == free
 
 
+def twice_ctrl_c():
+    """What a person who is in a hurry does; the second ends what is going on."""
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_keeps_what_there_is_too(session, model):
+    class Paper(io.StringIO):
+        def write(self, text):
+            if text == " to":
+                twice_ctrl_c()
+            return super().write(text)
+
+    out, err = Paper(), io.StringIO()
+    assert not answer(session, "Hi", Screen(out, err), more="", label=False)
+    assert out.getvalue() == "Hello\n" and session.history == turn("Hi", "Hello to")
+    assert err.getvalue() == "(stopped; what there is stays in the conversation)\n"
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            twice_ctrl_c()
+
+    hook = model.hrm_core.register_forward_hook(interrupt)
+    other = ChatSession(model, TOKENIZER, session.settings)
+    block = model.input_blocks[0].register_forward_hook(interrupt)
+    try:
+        assert not answer(other, "Hi", Screen(io.StringIO(), err), more="", label=False)
+    finally:
+        hook.remove(), block.remove()
+    assert other.turns == 1 and say(other, "How are you?") == ANSWER
+
+
+def test_an_error_begins_a_line_of_its_own(session, monkeypatch):
+    def events(_):
+        yield from ()
+        raise ValueError("broken")
+
+    monkeypatch.setattr(session, "ask", events)
+    out = io.StringIO()
+    with pytest.raises(ValueError, match="broken"):
+        answer(session, "Hi", Screen(out, io.StringIO()), more="", label=True)
+    assert out.getvalue() == "Assistant: \n" and session.history == []
+
+
+def test_more_steps_than_memory_holds_are_named(model):
+    with pytest.raises(ValueError, match=r"^max_steps 10+ needs more memory for a window of 128 .* take fewer steps$"):
+        ChatSession(model, TOKENIZER, ChatSettings(max_steps=10**12))
+
+
 # Commands
 
 
@@ -165,9 +221,13 @@ def test_settings_are_shown_and_changed(session):
         assert shown in session.command(line.split()[0])
     session.command("/penalty 1.2")
     session.command("/tokens 9")
-    assert session.settings.sampling == Sampling(0.5, 7, 0.9, 0.1, 1.2) and session.settings.max_new_tokens == 9
+    assert (
+        session.settings.sampling == Sampling(0.5, 7, 0.9, min_p=0.1, repetition_penalty=1.2)
+        and session.settings.max_new_tokens == 9
+    )
     session.command("/topk off")
     assert session.settings.sampling.top_k is None and "off" in session.command("/topk")
+    assert session.command("/temp 0") == "temperature 0"
 
 
 @pytest.mark.parametrize(
@@ -176,16 +236,16 @@ def test_settings_are_shown_and_changed(session):
         ("/tmep 1", r"unknown command '/tmep'; did you mean /temp\? /help lists"),
         ("/usr/bin/env", 'to send it as a message, put it between """'),
         ("/temp warm", r"temperature 'warm' is not a number; write e.g. /temp 0.8"),
-        ("/temp -1", "temperature -1.0 must be finite and at least 0"),
-        ("/temp inf", "temperature inf must be finite"),
-        ("/temp nan", "temperature nan must be finite"),
-        ("/topk 0", "top_k 0 must be an integer of at least 1"),
-        ("/topk 60000", "top_k 60000 is above 50257"),
+        ("/temp -1", "/temp -1.0 must be finite and at least 0"),
+        ("/temp inf", "/temp inf must be finite"),
+        ("/temp nan", "/temp nan must be finite"),
+        ("/topk 0", "^/topk 0 must be an integer of at least 1, or off$"),
+        ("/topk 60000", "^/topk 60000 is above 50257, the tokens there are; off keeps all$"),
         ("/topk 1.5", "top-k '1.5' is not an integer or off; write e.g. /topk 50"),
-        ("/topp 2", "top_p 2.0 is outside"),
-        ("/minp -1", "min_p -1.0 is outside"),
-        ("/penalty 0", "repetition_penalty 0.0 must be at least 1"),
-        ("/tokens 0", "max_new_tokens 0 must be an integer of at least 1"),
+        ("/topp 2", "/topp 2.0 is outside"),
+        ("/minp -1", "/minp -1.0 is outside"),
+        ("/penalty 0", "/penalty 0.0 must be at least 1"),
+        ("/tokens 0", "^/tokens 0 must be an integer of at least 1"),
         ("/tokens many", "tokens of an answer 'many' is not an integer"),
         ("/tokens " + "9" * 5000, "is not an integer"),
         ("/hrm 0", "/hrm '0' is none of 1 to 3, the steps that this model takes; write e.g. /hrm 3, or /hrm auto"),
@@ -194,6 +254,8 @@ def test_settings_are_shown_and_changed(session):
         ("/show maybe", "/show 'maybe' is neither on nor off"),
         ("/save", "/save needs a file"),
         ("/load", "/load needs a file"),
+        ("/clear now", "^/clear takes nothing after it, not 'now'; write /clear alone$"),
+        ("/quit x y", "^/exit takes nothing after it, not 'x y'"),
         ("/system a\udc80", "what follows /system is not UTF-8: byte 0x80 at byte 1"),
     ],
 )
@@ -262,8 +324,39 @@ def test_saving_never_replaces_a_file_unless_asked_to(session, tmp_path):
     with pytest.raises(ValueError, match=r"exists; choose another name, or replace it with /save! "):
         session.command(f"/save {path}")
     assert path.read_text() == "mine"
-    session.command(f"/save! {path}")
+    assert session.command(f"/save! {path}").endswith(f" to {path}")
     assert json.loads(path.read_text())["messages"] == [] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link_and_is_called_as_it_was(session, tmp_path):
+    (tmp_path / "file.json").write_text("mine")
+    link = tmp_path / "link.json"
+    link.symlink_to("file.json")
+    with pytest.raises(ValueError, match=rf"^{link} exists"):
+        session.command(f"/save {link}")
+    assert session.command(f"/save! {link}").endswith(f" to {link}")
+    assert link.is_symlink() and json.loads((tmp_path / "file.json").read_text())["messages"] == []
+
+
+def test_what_appears_while_it_is_saved_is_not_replaced_and_ctrl_c_leaves_nothing(session, tmp_path, monkeypatch):
+    path, sync = tmp_path / "c.json", os.fsync
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.command(f"/save {path}")
+    assert not list(tmp_path.iterdir())
+
+    def meanwhile(handle):
+        path.write_text("theirs")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    with pytest.raises(ValueError, match="exists; choose another name"):
+        session.command(f"/save {path}")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "theirs"
 
 
 @pytest.mark.parametrize("where", ["", "none/c.json", "c.json/d.json", "\0", "x" * 5000])
@@ -421,7 +514,7 @@ def test_a_pipe_gets_answers_alone(learned):
         capture_output=True,
         check=False,
     )
-    assert done.returncode == 0 and done.stdout.decode().splitlines() == ["Hello to you"] * 2
+    assert done.returncode == 1 and done.stdout.decode().splitlines() == ["Hello to you"] * 2
     errors = done.stderr.decode().splitlines()
     assert [line.split(";")[0] for line in errors if line.startswith("error: ")] == [
         "error: unknown command '/nothing'",

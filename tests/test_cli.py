@@ -17,6 +17,7 @@ from hrm_kernels.version import __version__
 from hrm_model import HRMConfig, HRMForCausalLM, get_tokenizer, save_model
 from hrm_model.checkpoint import save_checkpoint
 from hrm_model.cli import COMMANDS, help_of, main, with_dashes
+from hrm_model.generate import Event
 
 TOKENIZER = get_tokenizer()
 WINDOW = SHAPE["block_size"]
@@ -186,6 +187,25 @@ def test_a_completion_depends_on_neither_cache_nor_batch(hrm, saved):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("broken")])
+def test_finished_completions_are_printed_whatever_ends_it(hrm, saved, monkeypatch, error):
+    def events(*_, **__):
+        for row, text, finish in ((0, "zero", None), (2, "two", "length"), (1, "one", None), (3, "three\n", "stop")):
+            yield Event(row, 7, text, -1.0, 1, finish, False)
+        raise error
+
+    monkeypatch.setattr("hrm_model.generate.stream", events)
+    argv = ["generate", saved, "-p", "a", "--num-samples", "4"]
+    status, out, err = hrm(*argv)
+    assert out == (
+        "--- 1 of 4: 'a', sample 1\nzero\n--- 3 of 4: 'a', sample 3\ntwo\n--- 4 of 4: 'a', sample 4\nthree\n"
+    )
+    interrupted = isinstance(error, KeyboardInterrupt)
+    assert status == (130 if interrupted else 1)
+    assert err.startswith("stopped; 4 tokens" if interrupted else "error: broken")
+    assert [(f["sample"], f["text"]) for f in completions(hrm(*argv, "--json")[1])] == [(2, "two"), (3, "three\n")]
+
+
 def test_a_file_has_a_prompt_a_line_or_is_one(hrm, saved, tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\ntwo\u2028still two\n\n".encode())
@@ -236,9 +256,10 @@ def test_steps_are_shown_by_marks_where_there_are_no_colours(hrm, saved):
             "--file long.txt",
             f"prompt 1 has 200 tokens and the model's window holds {WINDOW}; shorten it, or pass --keep",
         ),
-        ("-p a --temperature -1", "temperature -1.0 must be finite and at least 0"),
-        ("-p a --top-k 99999", "top_k 99999 is above 50257"),
-        ("-p a --top-p 0", "top_p 0.0 is outside"),
+        ("-p a --temperature -1", "--temperature -1.0 must be finite and at least 0"),
+        ("-p a --top-k 99999", "error: --top-k 99999 is above 50257, the tokens there are; 0 keeps all"),
+        ("-p a --top-k -1", "error: --top-k -1 must be an integer of at least 1, or 0 for all"),
+        ("-p a --top-p 0", "--top-p 0.0 is outside"),
         ("-p a --max-new-tokens 0", "--max-new-tokens 0 must be at least 1"),
         ("-p a --min-new-tokens 101", "--min-new-tokens 101 must be in 0..100"),
         ("-p a --num-samples 0", "--num-samples 0 must be at least 1"),
@@ -300,9 +321,15 @@ def test_prompts_of_a_file_are_conversations_of_their_own(hrm, saved, tmp_path):
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "word " * 300], "tokens with its instruction, and the window holds 127"),
         (["--prompt", "x", "--human-prefix", ""], "'' is no label for a role"),
-        (["--prompt", "x", "--min-tokens", "9", "--max-tokens", "2"], "min_new_tokens 9 is above max_new_tokens 2"),
-        (["--prompt", "x", "--seed", "-1"], "seed -1 must be an integer of at least 0"),
+        (
+            ["--prompt", "x", "--min-tokens", "9", "--max-tokens", "2"],
+            "--min-new-tokens 9 is above --max-new-tokens 2; lower",
+        ),
+        (["--prompt", "x", "--seed", "-1"], "error: --seed -1 must be an integer of at least 0"),
         (["--prompt", "x", "--force_hrm_steps", "4"], "--force-steps 4 is more than the 3"),
+        (["--prompt", "x", "--max-history", "-1"], "error: --max-history -1 must be an integer of at least 0"),
+        (["--prompt", "x", "--max-steps", "9" * 12], "error: --max-steps 999999999999 needs more memory for a window"),
+        (["--prompt", "x", "--human-prefix", "\udcff:"], "error: the label of questions is not UTF-8: byte 0xff"),
         (["--prompts-file", "none.txt"], "none.txt: No such file"),
     ],
 )

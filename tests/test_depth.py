@@ -346,11 +346,33 @@ def test_overwriting_replaces_both_and_a_failure_leaves_what_was_there(checkpoin
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_page_is_written_all_the_same(checkpoint, tmp_path, monkeypatch):
+def test_without_matplotlib_it_says_so_before_it_reads_and_writes_the_page_alone(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pip install 'hrm-kernels\[plot\]'.*the page is written: .*o\.html"):
-        hrm_depth(checkpoint, "--text", "a b", "--out", tmp_path / "o.html")
+    with pytest.raises(ValueError, match=r"pip install 'hrm-kernels\[plot\]', or pass --no-png"):
+        hrm_depth(checkpoint, "--file", tmp_path / "none.txt", "--out", tmp_path / "o.html")
+    assert not list(tmp_path.iterdir())
+    assert hrm_depth(checkpoint, "--text", "a b", "--out", tmp_path / "o.html", "--no-png") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["o.html"]
+
+
+def test_what_came_into_being_while_it_read_is_not_replaced(checkpoint, tmp_path, monkeypatch):
+    def meanwhile(*_, **__):
+        (tmp_path / "o.png").write_text("theirs")
+        return b"a picture"
+
+    monkeypatch.setattr("hrm_model.depth_picture.picture", meanwhile)
+    with pytest.raises(
+        ValueError, match=r"o\.png has come into being meanwhile; .* \(the page is written: .*o\.html\)"
+    ):
+        hrm_depth(checkpoint, "--text", "a b", "--out", tmp_path / "o.html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.html", "o.png"]
+    assert (tmp_path / "o.png").read_text() == "theirs"
+
+
+def test_a_correlation_that_there_is_none_of_is_null(checkpoint, tmp_path, capsys):
+    options = ("--no-png", "--max-steps", 1, "--out", tmp_path / "o.html")
+    assert hrm_depth(checkpoint, "--text", "one two three", *options) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rank_correlation"] is None
 
 
 def test_a_run_is_called_by_its_name_and_not_by_where_it_lies():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from parity import COMPILING
 
+from bench.generate import main as generate_main
 from bench.hrm_step import main as hrm_step_main
 from bench.ops import main as ops_main
 from hrm_kernels.offline import main as offline_main
@@ -52,7 +53,7 @@ def test_every_module_of_the_packages_is_in_its_map():
 def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         prepare_main(["--help"])
-    for command in (hrm_step_main, ops_main, offline_main):
+    for command in (generate_main, hrm_step_main, ops_main, offline_main):
         with pytest.raises(SystemExit):
             command(["--help"])
     for name in COMMANDS:

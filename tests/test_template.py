@@ -136,6 +136,11 @@ def test_other_labels_change_the_text_and_what_stops_an_answer():
     assert contains(prompt(turns("a\n\nUser: b"), TOKENIZER, "", labels), TOKENIZER.encode("\n\nUser:")) == 0
 
 
+def test_a_label_that_is_no_utf_8_is_refused():
+    with pytest.raises(ValueError, match="the label of answers is not UTF-8: byte 0xff at byte 1"):
+        Labels.of("H:", "A\udcff:")
+
+
 @pytest.mark.parametrize(("human", "assistant"), [("", "A:"), ("H:", " "), ("a\nb", "A:"), ("A:", "A: ")])
 def test_labels_that_tell_nothing_apart_are_refused(human, assistant):
     with pytest.raises(ValueError, match=r"give (one line of text|two different)"):

@@ -11,9 +11,18 @@ from __future__ import annotations
 
 import argparse
 import secrets
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from .shared import add_depth_arguments, add_model_arguments, add_sampling_arguments, check_depth, load, sampling_of
+from .shared import (
+    add_depth_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    check_depth,
+    load,
+    named_as_typed,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from ..chat import ChatSession, ChatSettings
@@ -67,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from ..chat import ChatSession
     from ..terminal import Keyboard, Screen
 
-    session = ChatSession(model, tokenizer, settings)
+    with named_as_typed(args):
+        session = ChatSession(model, tokenizer, settings)
     session.show_steps, session.debug = args.show_steps, args.debug
     screen = Screen()
     if questions is None:
@@ -76,14 +86,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def converse(session: ChatSession, keyboard: Keyboard, screen: Screen, name: str) -> int:
-    """Read and answer until the person leaves; returns the exit status."""
+    """Read and answer until the person leaves; returns the exit status: 1 where nobody saw an error as it came."""
     from ..terminal import Interrupted
 
     if screen.interactive:
         screen.notice(_banner(session, name))
     if session.show_steps:
         _painter(session, screen).legend()
-    leaving = False
+    leaving = failed = False
     while not session.over:
         try:
             typed = keyboard.read()
@@ -118,7 +128,8 @@ def converse(session: ChatSession, keyboard: Keyboard, screen: Screen, name: str
             if isinstance(error, BrokenPipeError):
                 raise
             screen.error(error)
-    return 0
+            failed = not keyboard.terminal
+    return int(failed)
 
 
 def answer_all(session: ChatSession, questions: list[str], screen: Screen) -> int:
@@ -152,7 +163,7 @@ def answer(session: ChatSession, question: str, screen: Screen, more: str, label
     """
     from ..terminal import BOLD, stop_on_interrupt
 
-    left_out, seed = session.left_out, session.turn_seed
+    left_out, seed, turns = session.left_out, session.turn_seed, session.turns
     events = session.ask(question)
     if session.left_out > left_out:
         screen.notice(f"(the window is full: the oldest {_turns(session.left_out)} no longer in it)")
@@ -162,38 +173,41 @@ def answer(session: ChatSession, question: str, screen: Screen, more: str, label
         screen.write(f"{session.settings.labels.assistant} ", BOLD)
     painter = _painter(session, screen) if session.show_steps else None
     seen, gap = [], None
-    with stop_on_interrupt() as stop:
-        for event in events:
-            seen.append(event)
-            # White space waits for what follows it: that before and after an answer is not part of it.
-            text = event.text.lstrip() if gap is None else gap + event.text
-            if shown := text.rstrip():
-                gap = text[len(shown) :]
-                if painter:
-                    painter.write(shown, event.steps)
-                else:
-                    screen.write(shown)
-            elif gap is not None:
-                gap = text
-            if stop.requested:
-                events.close()
-                break
-    screen.line("")
-    for line in _remarks(seen, stop.requested, more):
+    with stop_on_interrupt() as stop, closing(events):
+        try:
+            for event in events:
+                seen.append(event)
+                # White space waits for what follows it: that before and after an answer is not part of it.
+                text = event.text.lstrip() if gap is None else gap + event.text
+                if shown := text.rstrip():
+                    gap = text[len(shown) :]
+                    if painter:
+                        painter.write(shown, event.steps)
+                    else:
+                        screen.write(shown)
+                elif gap is not None:
+                    gap = text
+                if stop.requested:
+                    break
+        except KeyboardInterrupt:  # the second: it does not wait for the token
+            pass
+        finally:
+            screen.line("")
+    for line in _remarks(seen, stop.requested, session.turns > turns, more):
         screen.notice(line)
     if session.debug:
         _show_tokens(session, seen, screen)
     return not stop.requested
 
 
-def _remarks(events: list, stopped: bool, more: str) -> list[str]:
+def _remarks(events: list, stopped: bool, kept: bool, more: str) -> list[str]:
     remarks = []
     if any(event.recomputed for event in events):
         remarks.append("(the window was full: its oldest tokens were dropped and the rest computed again)")
     if not stopped and not "".join(event.text for event in events).strip():
         remarks.append("(white space alone: a model that was only pretrained may not answer; try `hrm generate`)")
     if stopped:
-        remarks.append("(stopped; what there is stays in the conversation)")
+        remarks.append(f"(stopped; {'what there is stays' if kept else 'this question is not'} in the conversation)")
     elif events and events[-1].finish == "length":
         remarks.append(f"(cut after {len(events)} tokens; {more} allows more)")
     return remarks
@@ -225,7 +239,7 @@ def _turns(n: int) -> str:
 
 def _banner(session: ChatSession, name: str) -> str:
     model, config = session.model, session.model.config
-    head = "its halting head was never trained, " if config.halting in ("none", "published") else ""
+    head = "" if config.head_is_trained else "its halting head was never trained, "
     return (
         f"{name}: {model.num_parameters() / 1e6:.2f} M parameters on {model.device}, "
         f"window {config.block_size} tokens, {head}1 to {session.settings.limit(config)} steps a token\n"
@@ -250,17 +264,19 @@ def _settings(args: argparse.Namespace) -> ChatSettings:
     from ..chat import ChatSettings
     from ..template import INSTRUCTION, Labels
 
-    return ChatSettings(
-        sampling=sampling_of(args),
-        max_new_tokens=args.max_new_tokens,
-        min_new_tokens=args.min_new_tokens,
-        # Another conversation each time, unless asked otherwise; /stats shows the number.
-        seed=secrets.randbelow(10**6) if args.seed is None else args.seed,
-        force_steps=args.force_steps,
-        max_steps=args.max_steps,
-        halt_bias=args.halt_bias,
-        depth_update=args.depth_update,
-        instruction=INSTRUCTION if args.instruction is None else args.instruction,
-        labels=Labels.of(args.human_prefix, args.assistant_prefix),
-        max_history=0 if args.no_history else args.max_history,
-    )
+    labels, sampling = Labels.of(args.human_prefix, args.assistant_prefix), sampling_of(args)
+    with named_as_typed(args):
+        return ChatSettings(
+            sampling=sampling,
+            max_new_tokens=args.max_new_tokens,
+            min_new_tokens=args.min_new_tokens,
+            # Another conversation each time, unless asked otherwise; /stats shows the number.
+            seed=secrets.randbelow(10**6) if args.seed is None else args.seed,
+            force_steps=args.force_steps,
+            max_steps=args.max_steps,
+            halt_bias=args.halt_bias,
+            depth_update=args.depth_update,
+            instruction=INSTRUCTION if args.instruction is None else args.instruction,
+            labels=labels,
+            max_history=0 if args.no_history else args.max_history,
+        )

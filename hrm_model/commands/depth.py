@@ -12,7 +12,7 @@ import math
 import os
 from pathlib import Path
 
-from .shared import add_model_arguments, load
+from .shared import add_model_arguments, check_depth, load
 
 HELP = "colour each token of a text by the steps that the model takes to predict it"
 
@@ -40,32 +40,33 @@ def run(args: argparse.Namespace) -> int:
     """Write the page, then the picture; print where they are and what they show, last as a line of JSON.
 
     Raises:
-        ValueError, OSError: one line that names what is wrong and the remedy. If only the picture failed, the page
-            has been written and the message says so.
+        ValueError, OSError: one line that names what is wrong and the remedy. If only the picture could not be
+            written, the page has been and the message says so.
     """
     page_path = Path(args.out)
     picture_path = page_path.with_suffix(".png")
     paths = [page_path] if args.no_png else [page_path, picture_path]
     _check_paths(paths, args.overwrite)
-    if args.max_steps is not None and args.max_steps < 1:
-        raise ValueError(f"--max-steps {args.max_steps} must be at least 1")
-    if args.halt_bias is not None and math.isnan(args.halt_bias):
-        raise ValueError("--halt-bias nan is no number; inf halts after one step, -inf never")
-    text, name = _text(args)
+    check_depth(args)
 
     # What is above answers at once; torch takes seconds to import.
     from ..depth_page import page
-    from ..depth_picture import picture
+    from ..depth_picture import check_matplotlib, picture
 
+    if not args.no_png:
+        check_matplotlib()
+    text, name = _text(args)
     model, tokenizer = load(args)
     reading = _read(model, tokenizer.encode(text), args.max_steps, args.halt_bias)
     checkpoint = _checkpoint_name(args.ckpt)
     title = f"Depth, token by token: {name}"
-    facts = _facts(checkpoint, model.num_parameters(), reading, model.config.halting)
-    _write(page_path, page(reading, tokenizer, title=title, facts=facts).encode("utf-8"), args.overwrite)
-    if not args.no_png:
+    facts = _facts(checkpoint, model.num_parameters(), reading, model.config)
+    shown = {"title": title, "facts": facts}
+    drawn = None if args.no_png else picture(reading, tokenizer, **shown)  # before anything is written: it may fail
+    _write(page_path, page(reading, tokenizer, **shown).encode("utf-8"), args.overwrite)
+    if drawn is not None:
         try:
-            _write(picture_path, picture(reading, tokenizer, title=title, facts=facts), args.overwrite)
+            _write(picture_path, drawn, args.overwrite)
         except (ValueError, OSError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(f"{error} (the page is written: {_printable(page_path)})") from error
@@ -132,10 +133,10 @@ def _checkpoint_name(path: str) -> str:
     return _printable("/".join(parts[-3:] if "checkpoints" in parts[-2:-1] else parts[-1:]))
 
 
-def _facts(checkpoint: str, n_parameters: int, reading, halting: str) -> str:
+def _facts(checkpoint: str, n_parameters: int, reading, config) -> str:
     size = f"{n_parameters / 1e6:.2f} M" if n_parameters >= 1e5 else f"{n_parameters:,}"
-    head = f"halting head trained with {halting!r}"
-    if halting in ("none", "published"):
+    head = f"halting head trained with {config.halting!r}"
+    if not config.head_is_trained:
         head = "halting head not trained: its depths say little about the text"
     limit = f"at most {reading.max_steps} step{'s' * (reading.max_steps > 1)}"
     return f"{checkpoint} · {size} parameters · {limit} · halt bias {reading.halt_bias:g} · {head}"
@@ -143,28 +144,15 @@ def _facts(checkpoint: str, n_parameters: int, reading, halting: str) -> str:
 
 def _write(path: Path, content: bytes, overwrite: bool) -> None:
     """Put `content` at `path`, whole or not at all."""
-    from ..atomic import beside, sync_directory
+    from ..atomic import write_file
 
-    temporary = beside(path, "tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _check_free(path, overwrite)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+        write_file(path, content, overwrite)
+    except FileExistsError as error:  # reading may have taken minutes
+        raise ValueError(f"{_printable(path)} has come into being meanwhile; choose another name with --out") from error
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"cannot write {_printable(path)}: {reason}; check the disk and its permissions") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    """Reading may have taken minutes: someone else may have written there."""
-    if not overwrite and os.path.lexists(path):
-        raise ValueError(f"{_printable(path)} has come into being meanwhile; choose another name with --out")
 
 
 def _report(reading, checkpoint: str, paths: list[Path]) -> None:
@@ -187,7 +175,7 @@ def _report(reading, checkpoint: str, paths: list[Path]) -> None:
         "mean_steps": float(depths.mean()),
         "histogram": histogram,
         "nats_per_token": float(surprisal.mean()) if len(surprisal) else None,
-        "rank_correlation": "constant" if correlation is None else correlation,
+        "rank_correlation": correlation,
         "page": _printable(paths[0]),
         "picture": _printable(paths[1]) if len(paths) > 1 else None,
     }

@@ -12,8 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 
-from .shared import add_depth_arguments, add_model_arguments, add_sampling_arguments, check_depth, load, sampling_of
+from .shared import (
+    add_depth_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    check_depth,
+    load,
+    named_as_typed,
+    sampling_of,
+)
 
 HELP = "continue prompts, one or a file of them"
 
@@ -72,29 +81,30 @@ def run(args: argparse.Namespace) -> int:
     from ..tally import Tally
 
     tally = Tally()
-    events = stream(
-        model,
-        [prompt for prompt in ids for _ in range(args.num_samples)],
-        args.max_new_tokens,
-        sampling=sampling,
-        min_new_tokens=args.min_new_tokens,
-        stop=tuple(args.stop),
-        stop_tokens=(END_OF_TEXT,),
-        seed=args.seed,
-        max_steps=args.max_steps,
-        force_steps=args.force_steps,
-        halt_bias=args.halt_bias,
-        depth_update=args.depth_update,
-        use_cache=not args.no_cache,
-        batch_size=args.batch_size,
-        tokenizer=tokenizer,
-    )
+    with named_as_typed(args):
+        events = stream(
+            model,
+            [prompt for prompt in ids for _ in range(args.num_samples)],
+            args.max_new_tokens,
+            sampling=sampling,
+            min_new_tokens=args.min_new_tokens,
+            stop=tuple(args.stop),
+            stop_tokens=(END_OF_TEXT,),
+            seed=args.seed,
+            max_steps=args.max_steps,
+            force_steps=args.force_steps,
+            halt_bias=args.halt_bias,
+            depth_update=args.depth_update,
+            use_cache=not args.no_cache,
+            batch_size=args.batch_size,
+            tokenizer=tokenizer,
+        )
     writer = _Writer(args, prompts, args.max_steps or model.config.hrm_max_steps)
     try:
-        for event in tally.counted(events):
-            writer.take(event)
+        with closing(writer):
+            for event in tally.counted(events):
+                writer.take(event)
     except KeyboardInterrupt:
-        writer.end_line()
         print(f"stopped; {tally.line()}", file=sys.stderr)
         return 130
     sys.stdout.flush()
@@ -116,8 +126,7 @@ class _Writer:
         self._rows = [[] for _ in range(len(prompts) * args.num_samples)]
         self._shown = 0
         self._at_line_start = True
-        if not args.json:
-            self._header()
+        self._begin_row()
 
     def take(self, event) -> None:
         """One more token of one row."""
@@ -126,25 +135,41 @@ class _Writer:
             return
         if not self._args.json:
             self._write(event)
-        while self._shown < len(self._rows) and self._rows[self._shown] and self._rows[self._shown][-1].finish:
-            self._finish_row()
+        while self._shown < len(self._rows) and self._is_finished():
+            self._end_row()
+            self._shown += 1
+            if self._shown < len(self._rows):
+                self._begin_row()
 
-    def end_line(self) -> None:
-        """Begin a new line unless one has begun."""
+    def close(self) -> None:
+        """Leave the row that is not finished, and print the finished ones that waited for it."""
+        self._end_line()
+        while self._shown < len(self._rows) - 1:
+            self._shown += 1
+            if self._is_finished():
+                self._begin_row()
+                self._end_row()
+
+    def _is_finished(self) -> bool:
+        events = self._rows[self._shown]
+        return bool(events) and events[-1].finish is not None
+
+    def _begin_row(self) -> None:
+        if not self._args.json:
+            self._header()
+            for event in self._rows[self._shown]:
+                self._write(event)
+
+    def _end_line(self) -> None:
         if not self._at_line_start:
             self._screen.write("\n")
             self._at_line_start = True
 
-    def _finish_row(self) -> None:
+    def _end_row(self) -> None:
         if self._args.json:
             self._screen.write(json.dumps(self._record()) + "\n")
-        self.end_line()
+        self._end_line()
         self._rows[self._shown] = []
-        self._shown += 1
-        if self._shown < len(self._rows) and not self._args.json:
-            self._header()
-            for event in self._rows[self._shown]:
-                self._write(event)
 
     def _record(self) -> dict:
         events, sample = self._rows[self._shown], self._shown % self._args.num_samples

@@ -104,7 +104,7 @@ def _parameters(model) -> dict[str, int]:
 def _halting(config) -> dict[str, Any]:
     return {
         "objective": config.halting,
-        "trained": config.halting not in ("none", "published"),
+        "trained": config.head_is_trained,
         "bias": config.halt_bias,
         "max_steps": config.hrm_max_steps,
     }

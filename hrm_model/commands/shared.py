@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 CKPT_HELP = "a saved model, a training run, or a published folder or .pt"
 
@@ -80,6 +82,20 @@ def add_depth_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextmanager
+def named_as_typed(args: argparse.Namespace) -> Iterator[None]:
+    """Errors within name options as the command line does: --top-k for top_k, and 0 instead of None for all."""
+    from ..terminal import as_typed
+
+    try:
+        yield
+    except ValueError as error:
+        # Of the names that are also words, those that messages use as names alone.
+        names = [name for name in vars(args) if "_" in name or name in ("temperature", "seed")]
+        flags = {name: f"--{name.replace('_', '-')}" for name in names}
+        raise as_typed(error, flags | {"None for all": "0 for all", "leave it out to keep": "0 keeps"}) from error
+
+
 def sampling_of(args: argparse.Namespace):
     """The Sampling that the arguments ask for.
 
@@ -88,19 +104,20 @@ def sampling_of(args: argparse.Namespace):
     """
     from ..sampling import Sampling
 
-    return Sampling(
-        temperature=args.temperature,
-        top_k=args.top_k or None,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
+    with named_as_typed(args):
+        return Sampling(
+            temperature=args.temperature,
+            top_k=args.top_k or None,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        )
 
 
 def check_depth(args: argparse.Namespace, config=None) -> None:
     """Raise ValueError for depth options out of range; with a model's config, also for more steps than it takes."""
     for name in ("max_steps", "force_steps"):
-        value = getattr(args, name)
+        value = getattr(args, name, None)  # not every command forces steps
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1; leave it out for the model's own")
     if args.halt_bias is not None and math.isnan(args.halt_bias):
