@@ -390,7 +390,7 @@ class Bench:
         growing.to(growing.context, [1] * rows)  # memory that nobody wrote to yet is slow
         cached, recompute = [], []
         spent = 0.0
-        while not cached or (len(cached) < PREFILLS and spent * (1 + 1 / len(cached)) <= self.options.seconds):
+        while len(cached) < 3 or (len(cached) < PREFILLS and spent * (1 + 1 / len(cached)) <= self.options.seconds):
             growing.cut(0)
             cached.append(timed(prefill, self.device)[1])
             recompute.append(timed(forward, self.device)[1])
