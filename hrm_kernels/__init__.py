@@ -27,7 +27,7 @@ from .backend import (
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
 from .packed import PackedWeights, linear, packed_weights
 from .past import NewestTokens, Past, Span, StepPast, Tokens
-from .reference import rope, rope_table
+from .reference import halt_margin, rope, rope_table
 from .transfer import to_device
 from .version import __version__
 
@@ -52,6 +52,7 @@ __all__ = [
     "choices",
     "current_backend",
     "describe",
+    "halt_margin",
     "halting",
     "linear",
     "linear_cross_entropy",

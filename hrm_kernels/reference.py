@@ -143,6 +143,17 @@ def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_
     return out[None]
 
 
+def halt_margin(q: Tensor, halt_bias: float = 0.0) -> Tensor:
+    """The rule that decides: q_halt + halt_bias - q_continue, and a row halts where this is above 0.
+
+    Args:
+        q: [..., 2], [halt, continue]. halt_bias: in units of q; inf halts everywhere, -inf nowhere.
+    Returns:
+        [...] of q's dtype.
+    """
+    return q[..., 0] + halt_bias - q[..., 1]
+
+
 def halting(
     z_H: Tensor, w: Tensor, b: Tensor, halt_bias: float = 0.0, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -154,7 +165,7 @@ def halting(
             real = torch.arange(z_H.shape[1], device=z_H.device) < lengths[:, None]
             pooled = (z_wide * real[..., None]).sum(dim=1) / lengths[:, None]
         q = F.linear(pooled, w.to(pooled.dtype), b.to(pooled.dtype))
-    return q, q[:, 0] + halt_bias > q[:, 1]
+    return q, halt_margin(q, halt_bias) > 0
 
 
 def linear_cross_entropy(

@@ -11,7 +11,7 @@ The loop is host_loop.py, or hrm_kernels' where kernels run; both give the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -104,12 +104,18 @@ class HRMCore(nn.Module):
         max_steps: int,
         halt_bias: float,
         gradient: str = "replay",
+        gradient_steps: int = 1,
+        pooled: Tensor | None = None,
     ) -> CoreOutput:
         """Run every row to its own depth.
 
         Without gradient the loop's own states are the result. With gradient, the loop runs without and remembers each
         row's state before its last step; that step is then run once more, for all rows together, with gradient
         ("replay"). "published" gives gradient only to rows that run all `max_steps`, through that last step.
+
+        With `gradient_steps` K > 1 the last K steps have a gradient, all of a row's where it runs fewer. Rows that
+        decide are then run twice without gradient, first to find their depth (for which the host waits) and then to the
+        state K steps before.
 
         Args:
             x: [B, T, C] output of the input blocks. rotary, lengths: as in hrm_kernels.
@@ -118,12 +124,14 @@ class HRMCore(nn.Module):
             halt_bias: added to q_halt.
             gradient: "replay" or "published". In both a row that is done is frozen; the published code as a whole,
                 which goes on updating it, is bench/published.py.
+            gradient_steps: K, for "replay".
+            pooled: [B] int64, the leading tokens over which the mean of a row's decision runs; default its length.
         """
         batch = Batch(
             x, rotary, lengths,
             limit=[n or max_steps for n in forced],
             may_halt=[n == 0 and max_steps > 1 for n in forced],
-            halt_bias=halt_bias,
+            halt_bias=halt_bias, pooled=pooled,
         )  # fmt: skip
         if not torch.is_grad_enabled():
             found = self.loop(batch)
@@ -133,6 +141,8 @@ class HRMCore(nn.Module):
             loop = published_gradient(self, batch, max_steps, exploration)
             found, counts = loop.result(), torch.tensor(loop.row_steps, device=x.device)
             return CoreOutput(found.z_H, found.q, found.executed, found.halted, counts)
+        if gradient_steps > 1:
+            return self.replay_several(batch, gradient_steps)
         found = self.loop(batch, before_last=True)
         # Autocast caches the low-precision copy of a weight until its region ends. In some torch releases copies made
         # in the loop have no gradient history, and the replay would silently reuse them (pytorch issue 112583): the
@@ -156,8 +166,29 @@ class HRMCore(nn.Module):
             return self.kernels.run(
                 weights, batch.x, self.H_init, self.L_init, batch.rotary, batch.lengths, batch.limit, batch.may_halt,
                 batch.halt_bias, keep_before=before_last, dropout_p=self.config.dropout if self.training else 0.0,
-                driver=driver,
+                driver=driver, pooled=batch.pooled,
             )  # fmt: skip
+
+    def unroll(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, n_steps: int) -> Iterator[Tensor]:
+        """z_H [B, T, C] after step 1, 2, .. n_steps, without gradient and without any decision. Nothing of earlier steps
+        is kept here, and nobody waits for the device."""
+        ones = [1] * len(x)
+        with torch.no_grad():
+            z_H, z_L = self.initial_state(x)
+        for _ in range(n_steps):
+            with torch.no_grad():  # not around the yield: the caller's mode is its own
+                why_not = self.why_not_plain()
+                weights = self.weights() if why_not is None else None
+                driver = self.kernels.driver(weights, x, why_not)
+                if driver is None:
+                    z_H, z_L = self.step(x, z_H, z_L, rotary, lengths)
+                else:
+                    found = self.kernels.run(
+                        weights, x, z_H, z_L, rotary, lengths, ones, [False] * len(x), driver=driver,
+                        dropout_p=self.config.dropout if self.training else 0.0,
+                    )  # fmt: skip
+                    z_H, z_L = found.z_H, found.z_L
+            yield z_H
 
     def replay(self, batch: Batch, found: ops.LoopResult) -> CoreOutput:
         """Each row's last step with gradient: once more where it halted in the loop, for the first time elsewhere. No
@@ -171,11 +202,40 @@ class HRMCore(nn.Module):
         z_H, z_L = torch.where(first, init_H, found.z_H), torch.where(first, init_L, found.z_L)
         z_H, z_L = self.step(batch.x, z_H, z_L, batch.rotary, batch.lengths)
         with torch.no_grad():
-            q, halt = self.q_values(z_H, batch.halt_bias, batch.lengths)
+            q, halt = self.q_values(z_H, batch.halt_bias, batch.decides_on())
             # what a row decided in the loop stays: the replay may round elsewhere
             q = torch.where(found.halted[:, None], found.q, q)
             halted = found.halted | (halt & may_halt.bool())
         return CoreOutput(z_H, q, executed, halted, _row_steps(found.executed, len(executed)))
+
+    def replay_several(self, batch: Batch, n: int) -> CoreOutput:
+        """Each row's last n steps with gradient. The host waits for the depths, unless all are given."""
+        depths, found = batch.limit, None
+        if any(batch.may_halt):
+            found = self.loop(batch)
+            depths = found.executed.tolist()
+        start = replace(
+            batch, limit=[max(depth - n, 0) for depth in depths], may_halt=[False] * len(depths), pooled=None
+        )
+        states = self.loop(start)
+        torch.clear_autocast_cache()  # see forward
+        executed = ops.to_device(torch.tensor(depths, dtype=torch.int64, device="cpu"), batch.x.device)
+        whole = (executed <= n)[:, None, None]  # rows that have a gradient in all their steps, the parameters included
+        init_H, init_L = self.initial_state(batch.x)
+        z_H, z_L = torch.where(whole, init_H, states.z_H), torch.where(whole, init_L, states.z_L)
+        n = min(n, max(depths))
+        for left in range(n, 0, -1):
+            next_H, next_L = self.step(batch.x, z_H, z_L, batch.rotary, batch.lengths)
+            runs = (executed >= left)[:, None, None]
+            z_H, z_L = torch.where(runs, next_H, z_H), torch.where(runs, next_L, z_L)
+        looped = states.executed
+        if found is None:
+            with torch.no_grad():
+                q, _ = self.q_values(z_H, batch.halt_bias, batch.decides_on())
+            halted = torch.zeros_like(executed, dtype=torch.bool)
+        else:
+            q, halted, looped = found.q, found.halted, looped + found.executed
+        return CoreOutput(z_H, q, executed, halted, _row_steps(looped, n * len(depths)))
 
     def why_not_plain(self) -> str | None:
         """The loop's kernels see parameters, not modules: the reason if that would leave something out, else None."""

@@ -34,6 +34,12 @@ class Batch:
     """Per row, whether the head's decision counts."""
     halt_bias: float
     """Added to q_halt."""
+    pooled: Tensor | None = None
+    """[B] int64: leading tokens over which the decision's mean runs, where that is not the whole row."""
+
+    def decides_on(self) -> Tensor | None:
+        """[B] int64, the tokens that a decision looks at; None for all."""
+        return self.lengths if self.pooled is None else self.pooled
 
     def one_less(self) -> Batch:
         """Every limit one step less."""
@@ -56,39 +62,41 @@ class HostLoop:
         """Step row r until its decision or limit[r] steps, then keep its state: of a row that decides to halt the
         one before its last step if `keep_before`, else the one after. A row that is done leaves the batch."""
         live = [row for row, n in enumerate(limit) if n > 0]
-        x, lengths, z_H, z_L = _pick(live, self.batch.x, self.batch.lengths, self.z_H, self.z_L)
+        kept = self.batch.x, self.batch.lengths, self.batch.decides_on(), self.z_H, self.z_L
+        x, lengths, pooled, z_H, z_L = _pick(live, *kept)
         while live:
             before = z_H, z_L
             z_H, z_L = self._step(x, z_H, z_L, lengths)
             for row in live:
                 self.executed[row] += 1
-            self._decide(live, z_H, lengths)
+            self._decide(live, z_H, pooled)
             halted = [i for i, row in enumerate(live) if self.halted[row]]
             ended = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] == limit[row]]
             self._keep([live[i] for i in halted], *_pick(halted, *(before if keep_before else (z_H, z_L))))
             self._keep([live[i] for i in ended], *_pick(ended, z_H, z_L))
             stay = [i for i, row in enumerate(live) if not self.halted[row] and self.executed[row] < limit[row]]
             live = [live[i] for i in stay]
-            x, lengths, z_H, z_L = _pick(stay, x, lengths, z_H, z_L)
+            x, lengths, pooled, z_H, z_L = _pick(stay, x, lengths, pooled, z_H, z_L)
 
     def run_last(self, rows: list[int]) -> None:
         """Run the last step of `rows`, of which none has halted, from their kept states."""
         if not rows:
             return
-        x, lengths, z_H, z_L = _pick(rows, self.batch.x, self.batch.lengths, self.z_H, self.z_L)
+        kept = self.batch.x, self.batch.lengths, self.batch.decides_on(), self.z_H, self.z_L
+        x, lengths, pooled, z_H, z_L = _pick(rows, *kept)
         z_H, z_L = self._step(x, z_H, z_L, lengths)
         self._keep(rows, z_H, z_L)
         for row in rows:
             self.executed[row] += 1
         with torch.no_grad():
-            self._decide(rows, z_H, lengths)
+            self._decide(rows, z_H, pooled)
 
     def _step(self, x: Tensor, z_H: Tensor, z_L: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         self.row_steps[torch.is_grad_enabled()] += len(x)
         return self.core.step(x, z_H, z_L, self.batch.rotary, lengths)
 
-    def _decide(self, rows: list[int], z_H: Tensor, lengths: Tensor | None) -> None:
-        q, halt = self.core.q_values(z_H, self.batch.halt_bias, lengths)
+    def _decide(self, rows: list[int], z_H: Tensor, pooled: Tensor | None) -> None:
+        q, halt = self.core.q_values(z_H, self.batch.halt_bias, pooled)
         self.q = _put(self.q, rows, q)
         may_halt = self.batch.may_halt
         if any(may_halt[row] for row in rows):

@@ -17,6 +17,8 @@ SPLIT_STREAM = 2
 DEPTH_STREAM = 3
 TOKEN_STREAM = 4
 """Of generation's row r: TOKEN_STREAM + 256 r."""
+POSITION_STREAM = 5
+EXPLORER_STREAM = 6
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:

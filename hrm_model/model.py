@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import hrm_kernels as ops
 
 from .blocks import Block, Linear, ReasoningBlock, RMSNorm
-from .config import HRMConfig
+from .config import HRMConfig, is_int
 from .core import GRADIENTS, HRMCore, Pasts
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ class HRMForCausalLM(nn.Module):
         force_steps: int | Sequence[int] | Tensor | None = None,
         halt_bias: float | None = None,
         gradient: str = "replay",
+        gradient_steps: int = 1,
+        pooled: Tensor | Sequence[int] | None = None,
         return_logits: bool = False,
     ) -> HRMOutput:
         """One pass over a batch of right-padded rows; a row's result depends on nothing but that row.
@@ -114,16 +116,23 @@ class HRMForCausalLM(nn.Module):
             halt_bias: added to q_halt; default config.halt_bias in eval mode, 0 in training mode.
             gradient: "replay" (each row's last step) or "published" (only rows that run all steps; the loss then
                 carries the published 0.01 * mean(steps_taken), a constant).
+            gradient_steps: with "replay", how many of each row's last steps have a gradient; memory grows with it.
+            pooled: [B] integers, 1..length: the leading tokens whose mean decides a row's depth, and gives q_logits;
+                default its length. Training on a prefix's decision takes less than the whole row.
             return_logits: give logits beside the loss.
 
         Raises:
             ValueError: an argument out of range; the message names the value, the limit and the remedy.
         """
-        lengths = self._checked_lengths(ids_BT, targets, lengths)
+        self._check_tokens(ids_BT, targets)
+        given, lengths = lengths, self._checked_counts("lengths", ids_BT, lengths)
+        pooled = self._checked_pooled(ids_BT, pooled, given)
         max_steps = self.config.hrm_max_steps if max_steps is None else max_steps
         forced = checked_depths(force_steps, max_steps, ids_BT.shape[0])
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient {gradient!r} is none of {', '.join(GRADIENTS)}")
+        if gradient_steps != 1 and (gradient != "replay" or not is_int(gradient_steps) or gradient_steps < 1):
+            raise ValueError(f"gradient_steps {gradient_steps!r} must be an integer of at least 1, and 1 unless replayed")
         if halt_bias is None:
             halt_bias = 0.0 if self.training else self.config.halt_bias
         check_halt_bias(halt_bias)
@@ -132,7 +141,7 @@ class HRMForCausalLM(nn.Module):
         x_BTC = self.embed(ids_BT)
         for block in self.input_blocks:
             x_BTC = block.apply_to(x_BTC, rotary, lengths)
-        core = self.hrm_core(x_BTC, rotary, lengths, forced, max_steps, halt_bias, gradient)
+        core = self.hrm_core(x_BTC, rotary, lengths, forced, max_steps, halt_bias, gradient, gradient_steps, pooled)
         h_BTC = self.decode(core.z_H, rotary, lengths)
         if torch.is_grad_enabled():
             h_BTC = _with_gradients(h_BTC, self._maybe_unused(gradient))
@@ -195,7 +204,7 @@ class HRMForCausalLM(nn.Module):
         core = self.hrm_core
         return core.H_init, core.L_init, *core.q_head.parameters()
 
-    def _checked_lengths(self, ids_BT: Tensor, targets: Tensor | None, lengths) -> Tensor | None:
+    def _check_tokens(self, ids_BT: Tensor, targets: Tensor | None) -> None:
         c = self.config
         if ids_BT.dim() != 2 or ids_BT.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"ids must be [B, T] int64; got {tuple(ids_BT.shape)} {ids_BT.dtype}")
@@ -217,15 +226,28 @@ class HRMForCausalLM(nn.Module):
             if targets.device.type == "cpu" and (targets.min() < IGNORE or targets.max() >= c.vocab_size):
                 bad = targets.min().item() if targets.min() < IGNORE else targets.max().item()
                 raise ValueError(f"target {bad} is outside 0..{c.vocab_size - 1}; use {IGNORE} for 'no target'")
-        if lengths is None:
+    @staticmethod
+    def _checked_counts(name: str, ids_BT: Tensor, counts) -> Tensor | None:
+        """`counts`, one of 1..T for each row, as int64 on the ids' device."""
+        if counts is None:
             return None
-        lengths = torch.as_tensor(lengths)
-        if lengths.shape != (n_rows,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-            raise ValueError(f"lengths must be {n_rows} integers, one per row; got {lengths.tolist()}")
+        n_rows, n_tokens = ids_BT.shape
+        counts = torch.as_tensor(counts)
+        if counts.shape != (n_rows,) or counts.is_floating_point() or counts.dtype == torch.bool:
+            raise ValueError(f"{name} must be {n_rows} integers, one per row; got {counts.tolist()}")
         # on a GPU this waits for what is queued, so that what is told as a list or on the CPU is faster
-        if lengths.min() < 1 or lengths.max() > n_tokens:
-            raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
-        return ops.to_device(lengths.to(torch.int64), ids_BT.device)
+        if counts.min() < 1 or counts.max() > n_tokens:
+            raise ValueError(f"{name} {counts.tolist()} must lie in 1..{n_tokens}, the padded length")
+        return ops.to_device(counts.to(torch.int64), ids_BT.device)
+
+    def _checked_pooled(self, ids_BT: Tensor, pooled, lengths) -> Tensor | None:
+        found = self._checked_counts("pooled", ids_BT, pooled)
+        if found is None or lengths is None:
+            return found
+        told, limit = torch.as_tensor(pooled), torch.as_tensor(lengths)
+        if told.device == limit.device and (told > limit).any():
+            raise ValueError(f"pooled {told.tolist()} must not go beyond lengths {limit.tolist()}")
+        return found
 
 
 def check_halt_bias(halt_bias: float) -> None:

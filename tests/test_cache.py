@@ -79,7 +79,7 @@ def margin(model: HRMForCausalLM, cache: HRMCache, row: int, depth: int, halt_bi
     means = (cache.sums[:depth, row] / cache.length(row)).to(model.wte.weight.dtype)
     with torch.no_grad():
         q = model.hrm_core.q_head(means)
-    return (q[:, 0] + halt_bias - q[:, 1]).abs().min().item()
+    return halt_margin(q, halt_bias).abs().min().item()
 
 
 def rises(depths: list[int]) -> int:

@@ -48,6 +48,14 @@ def training_flops(config: HRMConfig, n_tokens: int, n_rows: int, row_steps: Seq
     return n_tokens * (3.0 * n_rows * outside + (looped + 3.0 * replayed) * step)
 
 
+def exploring_flops(config: HRMConfig, n_tokens: int, n_rows: int) -> float:
+    """FLOPs of `n_rows` rows of `n_tokens` tokens that are run through all steps and decoded at every exit, forward."""
+    block = block_flops(config, n_tokens)
+    exit_ = block * config.n_output_layers + 2.0 * config.n_embd * config.vocab_size
+    step = block * config.blocks_per_step
+    return n_tokens * n_rows * (block * config.n_input_layers + config.hrm_max_steps * (step + exit_))
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak in FLOP/s at bfloat16, or None where it is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import time
 import warnings
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from ..atomic import read_json
 from ..checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
 from ..config import HRMConfig
 from ..generate import generate
-from ..keyed import DEPTH_STREAM, keyed_integers
+from ..depth_statistics import Costs
+from ..halting import Exploration, Price
 from ..model import HRMForCausalLM
 from ..tokenizer import get_tokenizer
 from .dashboard import draw_dashboard
 from .device import autocast, choose_device, choose_dtype, choose_kernels, compile_blocks, make_deterministic
-from .flops import peak_flops, training_flops
+from .flops import exploring_flops, peak_flops, training_flops
+from .head import HeadStep, HeadTraining
 from .interrupt import Interrupt
 from .metrics import MetricsLog, Trackers
 from .ngram import ngram_losses
@@ -34,7 +38,7 @@ from .recipes import TrainConfig
 from .rundir import find_checkpoint, make_directory
 from .sampler import Sampler, validation_windows
 from .shards import open_dataset
-from .validation import Validation, reported_depths
+from .validation import Reading, Validation, reported_depths
 
 VERIFIED_TOKENS = 500_000_000
 """Up to this many training tokens the shards' sha256 are checked at the start, a second or two; beyond, their sizes."""
@@ -62,6 +66,8 @@ class StepResult:
     lr: float
     depths: Counter
     flops: float
+    head: HeadStep | None
+    """None where the head has no loss, or no row explored."""
 
 
 class Pretraining:
@@ -85,6 +91,7 @@ class Pretraining:
         torch.manual_seed(run.seed)
         self.model = self._build_model(shape)
         self._open_data()
+        self._prepare_halting()
         self.optimizer = build_optimizer(self.model, run)
         self.step = self.saved_step = 0
         self.val_loss: float | None = None
@@ -114,8 +121,7 @@ class Pretraining:
 
     def _open_data(self) -> None:
         run, config = self.run, self.config
-        if run.fixed_depth > config.hrm_max_steps:
-            raise ValueError(f"--depth {run.depth} is over hrm_max_steps {config.hrm_max_steps} of the model")
+        run.check_model(config)
         self.datasets = [open_dataset(path) for path in run.data]
         if sum(len(d.split("train")) for d in self.datasets) <= VERIFIED_TOKENS:
             self.datasets = [open_dataset(path, verify=True) for path in run.data]
@@ -130,6 +136,14 @@ class Pretraining:
         n_bytes = int(get_tokenizer().token_bytes()[targets].sum())
         ngram = ngram_losses([d.split("train") for d in self.datasets], targets, inputs, config.vocab_size)
         self.validation = Validation(inputs, targets, n_bytes, **ngram)
+
+    def _prepare_halting(self) -> None:
+        run = self.run
+        warmup = round(run.depth_warmup * run.steps) if run.driver == "head" and run.trains_head else 0
+        share = run.explore if run.trains_head else 0.0
+        self.exploration = Exploration(run.seed, self.config.hrm_max_steps, share, warmup)
+        self.price = Price(run.step_price, run.target_steps or None)
+        self.head = HeadTraining(self.model, run.halting, self.price, run.decisions) if run.trains_head else None
 
     def _data_summary(self) -> list[dict[str, Any]]:
         keys = ("source", "fingerprint", "tokenizer")
@@ -154,6 +168,7 @@ class Pretraining:
                 stacklevel=2,
             )
         self.step = self.saved_step = state["step"]
+        self.price.value = state["price"]
         print(f"resumed from {path} (step {self.step})", flush=True)
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -171,19 +186,23 @@ class Pretraining:
             group["lr"] = lr
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses, numbers, executed, row_steps = [], [], [], []
+        losses, numbers, executed, row_steps, n_explorers = [], [], [], [], 0
         for micro in range(run.accumulation):
             first = (self.step * run.accumulation + micro) * run.batch_size
             try:
                 inputs, targets, samples = self.sampler.batch(first, run.batch_size)
             except (ValueError, OSError) as error:
                 raise DataError(f"step {self.step + 1}: {error}") from error
+            n_explorers += self._explore(inputs, targets, samples)
+            depths, pooled = self._depths(samples)
             with autocast(self.device, self.dtype):
                 out = model(
                     torch.from_numpy(inputs).to(self.device),
                     torch.from_numpy(targets).to(self.device),
-                    force_steps=self._depths(samples),
+                    force_steps=depths,
+                    pooled=pooled,
                     gradient=run.gradient,
+                    gradient_steps=run.gradient_steps,
                 )
             (out.loss / run.accumulation).backward()
             losses.append(out.loss.detach())
@@ -191,22 +210,39 @@ class Pretraining:
             executed.append(out.executed_steps)
             row_steps.append(out.row_steps)
         norm = clip_gradients(model, run.grad_clip)
-        per_micro = torch.stack([*losses, norm]).tolist()  # the host waits for the device only here
+        per_micro = torch.stack([*losses, norm]).tolist()  # the host waits for the device only here, and for the head
         self._require_finite(per_micro[:-1], per_micro[-1], numbers)
+        head = self.head.finish(run.grad_clip) if self.head else None
         depths = Counter(torch.cat(executed).tolist())
         ran = torch.stack(row_steps).sum(0).tolist()
-        flops = training_flops(self.config, inputs.shape[1], run.batch_size * run.accumulation, ran)
+        n_tokens = inputs.shape[1]
+        flops = training_flops(self.config, n_tokens, run.batch_size * run.accumulation, ran)
+        flops += exploring_flops(self.config, n_tokens, n_explorers)
         self.optimizer.step()
         self.step += 1
-        return StepResult(sum(per_micro[:-1]) / run.accumulation, per_micro[-1], lr, depths, flops)
+        return StepResult(sum(per_micro[:-1]) / run.accumulation, per_micro[-1], lr, depths, flops, head)
 
-    def _depths(self, samples: np.ndarray) -> list[int] | None:
-        """Steps of each row, a pure function of (seed, sample number); None lets the head decide."""
-        if self.run.depth == "head":
-            return None
-        if self.run.fixed_depth:
-            return [self.run.fixed_depth] * len(samples)
-        return keyed_integers(self.run.seed, samples, 1, self.config.hrm_max_steps, DEPTH_STREAM).tolist()
+    def _explore(self, inputs: np.ndarray, targets: np.ndarray, samples: np.ndarray) -> int:
+        """Run the rows that explore through all exits for the head; returns how many there were."""
+        if self.head is None:
+            return 0
+        rows = self.exploration.explorers(samples)
+        if rows.any():
+            with autocast(self.device, self.dtype):
+                self.head.add(*(torch.from_numpy(a[rows]).to(self.device) for a in (inputs, targets)))
+        return int(rows.sum())
+
+    def _depths(self, samples: np.ndarray) -> tuple[list[int] | None, list[int] | None]:
+        """(steps of each row, None or 0 where the head decides; the prefix that decides for it, None for all of it), pure
+        functions of (seed, sample number)."""
+        run = self.run
+        if run.driver == "fixed":
+            return [run.fixed_depth] * len(samples), None
+        if run.driver == "random":
+            return self.exploration.random_depths(samples), None
+        depths = self.exploration.depths(samples, self.step) if self.head else None
+        by_row = self.head is None or run.decisions == "row" or all(depths)
+        return depths, None if by_row else self.exploration.pooled(samples, self.config.block_size)
 
     def _require_finite(self, losses: list[float], norm: float, numbers: list[np.ndarray]) -> None:
         if np.isfinite([*losses, norm]).all():
@@ -310,33 +346,36 @@ class Pretraining:
             "tokens_per_s": tokens_per_s,
             "mfu": mfu,
         }
+        heads = [r.head for r in recent if r.head is not None]
+        head = reduce(operator.add, heads) if heads else None
+        if head:
+            record |= head.record()
         self.metrics.write(record)
         self.trackers.log(self.step, record)
         print(
             f"step {self.step:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}  lr {newest.lr:.2e}  "
             f"grad norm {newest.grad_norm:.3f}  steps {mean_steps:.2f}  {tokens_per_s:,.0f} tok/s  "
             + (f"MFU {mfu:.1%}  " if mfu else "")
+            + (f"head {head.depths().mean:.2f} at price {head.price:.4f}  " if head else "")
             + f"left {_duration(clock.remaining(self.step, run.steps))}",
             flush=True,
         )
 
+    def _own_depth(self) -> int | None:
+        """Steps at which the model is evaluated and samples: None is what its head decides."""
+        if self.config.head_is_trained and self.run.driver == "head":
+            return None
+        return self.run.fixed_depth or self.config.hrm_max_steps
+
     def _evaluate(self, stop: Interrupt) -> None:
-        run, val, steps = self.run, self.validation, self.config.hrm_max_steps
-        depths = reported_depths(steps, run.fixed_depth)
-        own = {"random": steps, "head": None}.get(run.depth, run.fixed_depth)
-        found = {}
-        for depth in [*depths, *([None] if own is None else [])]:
-            found[depth] = val.loss(
-                self.model,
-                depth,
-                run.batch_size,
-                lambda: autocast(self.device, self.dtype),
-                lambda: bool(stop),
-            )
-            if found[depth] is None:
-                return
-        self.val_loss, histogram = found[own]
-        executed = sum(d * n for d, n in histogram.items()) / histogram.total()
+        run, val = self.run, self.validation
+        reading = val.read(self.model, run.batch_size, lambda: autocast(self.device, self.dtype), lambda: bool(stop))
+        if reading is None:
+            return
+        own = self._own_depth()
+        executed = reading.executed() if own is None else np.full(reading.losses.shape[:2], own)
+        self.val_loss = reading.loss(executed)
+        depths = reading.statistics(executed)
         record = {
             "kind": "eval",
             "step": self.step,
@@ -344,24 +383,45 @@ class Pretraining:
             "bits_per_byte": val.bits_per_byte(self.val_loss),
             "unigram": val.unigram,
             "bigram": val.bigram,
-            "loss_by_depth": {str(d): found[d][0] for d in depths},
-            "mean_steps": executed,
-            "depths": {str(d): n for d, n in sorted(histogram.items())},
+            "loss_by_depth": {str(s): loss for s, loss in enumerate(reading.by_depth().tolist(), 1)},
+            "mean_steps": depths.mean,
+            "dispersion": depths.dispersion,
+            "depths": {str(s): n for s, n in enumerate(depths.histogram, 1)},
         }
+        if own is None:
+            record |= self._against_rivals(reading, executed)
         self.metrics.write(record)
         self.trackers.log(self.step, record)
-        protocol = "by the head, pooled over the row" if own is None else f"{own} steps"
-        print(
-            f"  val loss {self.val_loss:.4f} ({protocol}; unigram {val.unigram:.4f}, bigram {val.bigram:.4f})  "
-            f"{record['bits_per_byte']:.3f} bits/byte\n  val loss by depth: "
-            + "  ".join(f"{d}: {found[d][0]:.4f}" for d in depths)
-            + f"   executed steps: mean {executed:.2f}, "
-            + " ".join(f"{d}:{n}" for d, n in sorted(histogram.items())),
-            flush=True,
-        )
+        self._print_evaluation(record, own, str(depths))
         if run.sample_tokens:
             print(f"  sample: {self._sample(own)!r}", flush=True)
         self._draw()
+
+    def _against_rivals(self, reading: Reading, executed: np.ndarray) -> dict[str, float]:
+        steps, blocks = (reading.compare(executed, costs) for costs in (None, Costs.of(self.config)))
+        return {
+            "fixed_at_equal_steps": steps.fixed,
+            "fixed_at_equal_blocks": blocks.fixed,
+            "shuffled": steps.shuffled,
+            "gain_correlation": reading.gain_correlation(executed),
+        }
+
+    def _print_evaluation(self, record: dict[str, Any], own: int | None, depths: str) -> None:
+        shown = reported_depths(self.config.hrm_max_steps)
+        protocol = "at the depth each prefix decides" if own is None else f"{own} step{'s' * (own > 1)}"
+        lines = [
+            f"val loss {record['val_loss']:.4f} ({protocol}; unigram {record['unigram']:.4f}, bigram "
+            f"{record['bigram']:.4f})  {record['bits_per_byte']:.3f} bits/byte",
+            "val loss by depth: " + "  ".join(f"{s}: {record['loss_by_depth'][str(s)]:.4f}" for s in shown),
+        ]
+        if own is None:
+            histogram = " ".join(f"{s}:{n}" for s, n in record["depths"].items() if n)
+            lines += [
+                f"executed steps: {depths}; {histogram}",
+                f"rivals: fixed depths at equal steps {record['fixed_at_equal_steps']:.4f}, at equal block applications "
+                f"{record['fixed_at_equal_blocks']:.4f}, the same steps shuffled {record['shuffled']:.4f}",
+            ]
+        print("\n".join("  " + line for line in lines), flush=True)
 
     def _sample(self, depth: int | None) -> str:
         tokenizer = get_tokenizer()
@@ -381,6 +441,7 @@ class Pretraining:
     def _save(self) -> None:
         state = {
             "val_loss": self.val_loss,
+            "price": self.price.value,
             "run": asdict(self.run),
             "data": [d.manifest["fingerprint"] for d in self.datasets],
             "threads": torch.get_num_threads(),
@@ -407,12 +468,22 @@ class Pretraining:
             f"data    {', '.join(map(str, run.data))}: {n_train:,} training tokens, "
             f"{len(self.validation.inputs)} validation windows of {c.block_size}\n"
             f"run     {run.steps} steps of {run.batch_size * run.accumulation} x {c.block_size} tokens, "
-            f"depth {run.depth}, gradient {run.gradient}, in {self.out}\n"
+            f"{self._depth_summary()}, in {self.out}\n"
             f"device  {self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
             + ("a resumed run gives the same bits" if exact else "resuming keeps the data order, not every bit")
             + f"\nkernels {self.kernels}",
             flush=True,
         )
+
+    def _depth_summary(self) -> str:
+        run = self.run
+        depth = run.depth if run.driver == "fixed" else run.driver
+        if self.exploration.warmup:
+            depth = f"random for {self.exploration.warmup} steps, then {depth}"
+        price = f" at {run.step_price:g} nats a step" if run.trains_head else ""
+        steered = f", steered to {run.target_steps:g} steps" if run.target_steps and run.trains_head else ""
+        last = f", last {run.gradient_steps} steps with gradient" if run.gradient_steps > 1 else ""
+        return f"depth {depth}, halting {run.halting}{price}{steered}, gradient {run.gradient}{last}"
 
     def _print_summary(self) -> None:
         last = next((r for r in reversed(self.metrics.records) if r["kind"] == "eval"), None)

@@ -12,7 +12,7 @@ from .recipes import TrainConfig
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups that hold every parameter once: matrices of the blocks with decay; embeddings, norms, biases, vectors
-    and the halting head without. (A head without a loss has gradient 0 and must stay what it is, so no decay.)"""
+    and the halting head without. (A head that had no explorers has gradient 0 and must stay what it is: no decay.)"""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         is_matrix = p.dim() >= 2 and "wte" not in name and "wpe" not in name and "lm_head" not in name
@@ -36,5 +36,7 @@ def learning_rate(step: int, run: TrainConfig) -> float:
 
 
 def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
-    """Scale all gradients so that their joint norm is at most `largest` (0: leave them); returns the norm before."""
-    return nn.utils.clip_grad_norm_(model.parameters(), largest if largest > 0 else math.inf)
+    """Scale all gradients but the halting head's, which has a loss and a norm of its own, so that their joint norm is at
+    most `largest` (0: leave them); returns the norm before."""
+    parameters = [p for name, p in model.named_parameters() if "q_head" not in name]
+    return nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import HRMConfig
+from ..halting import OBJECTIVES, price_faults, target_fault
 
 
 @dataclass
@@ -55,10 +56,24 @@ class TrainConfig:
     """largest gradient norm; 0 turns clipping off"""
     dropout: float = 0.0
     """dropout in training"""
-    depth: str = "random"
-    """what sets a row's steps: random (uniform over 1..max), head, or fixed:N"""
+    halting: str = "policy"
+    """what trains the halting head: policy (optimal stopping), gain, expected, q; none; or published (none either)"""
+    depth: str = "auto"
+    """what sets a row's steps: random (uniform over 1..max), head, fixed:N; auto is head where --halting trains one, else random"""
+    step_price: float = 0.01
+    """what a step costs in the head's objective, nats"""
+    target_steps: float = 0.0
+    """mean depth that the price is steered to, slowly; 0 leaves the price as it is"""
+    explore: float = 0.125
+    """share of rows that are run through all exits for the head, and keep a random depth"""
+    depth_warmup: float = 1 / 3
+    """share of the optimizer steps in which every row's depth is random, before the head drives"""
+    decisions: str = "prefix"
+    """what decides in training: prefix (every prefix of a row, as in generation) or row (the whole row, as published)"""
     gradient: str = "replay"
-    """replay (last step of every row) or published (only rows that run all steps)"""
+    """replay (last steps of every row) or published (only rows that run all steps)"""
+    gradient_steps: int = 1
+    """how many of a row's last steps are replayed with gradient; memory grows with them"""
     seed: int = 1337
     """initial weights, data order, depths, dropout"""
     device: str = "auto"
@@ -102,7 +117,7 @@ class TrainConfig:
             raise ValueError("impossible training options:\n  " + "\n  ".join(faults))
 
     def _faults(self):
-        positive = "steps batch_size accumulation log_every eval_every eval_windows save_every keep_last"
+        positive = "steps batch_size accumulation gradient_steps log_every eval_every eval_windows save_every keep_last"
         for name in positive.split():
             if getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is below its minimum 1"
@@ -123,14 +138,37 @@ class TrainConfig:
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)} is outside 0 <= {name} < 1"
+        for name in ("explore", "depth_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"--{name.replace('_', '-')} {getattr(self, name)} is outside 0..1"
+        if self.trains_head and self.explore == 0:
+            yield (
+                f"--explore 0 leaves --halting {self.halting} nothing to learn from, and unseen depths unusable; "
+                "1/16 to 1/8 is usual"
+            )
+        yield from price_faults(self.step_price, self.target_steps or None)
+        if self.gradient == "published" and self.gradient_steps > 1:
+            yield f"--gradient-steps {self.gradient_steps} is for --gradient replay; the published one has 1"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield f"--{name} {getattr(self, name)!r} is none of {', '.join(allowed)}"
-        if not (self.depth in ("random", "head") or self.fixed_depth):
-            yield f"--depth {self.depth!r} is none of random, head, fixed:N (N at least 1)"
+        if not (self.depth in ("auto", "random", "head") or self.fixed_depth):
+            yield f"--depth {self.depth!r} is none of auto, random, head, fixed:N (N at least 1)"
         for tracker in self.track:
             if tracker not in ("tensorboard", "wandb"):
                 yield f"--track {tracker!r} is none of tensorboard, wandb"
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the halting head has a loss."""
+        return self.halting in OBJECTIVES
+
+    @property
+    def driver(self) -> str:
+        """What sets a row's depth once the warm-up is over: random, head or fixed."""
+        if self.depth == "auto":
+            return "head" if self.trains_head or self.halting == "published" else "random"
+        return self.depth.partition(":")[0]
 
     @property
     def fixed_depth(self) -> int:
@@ -151,10 +189,30 @@ class TrainConfig:
         return cls(**values)
 
     def model_config(self, shape: dict[str, Any] | None = None) -> HRMConfig:
-        """The model's configuration: `shape` (a config.json's content) or the recipe's preset, with our dropout."""
+        """The model's configuration: `shape` (a config.json's content) or the recipe's preset, with our dropout and what
+        will have trained its head."""
+        changes = {"dropout": self.dropout}
+        if self.halting != "none":  # with none, a head stays what it was
+            changes |= {"halting": self.halting, "halt_bias": PUBLISHED_BIAS if self.halting == "published" else 0.0}
         if shape is None:
-            return HRMConfig.preset(self.recipe, dropout=self.dropout)
-        return HRMConfig.from_dict({**shape, "dropout": self.dropout})
+            return HRMConfig.preset(self.recipe, **changes)
+        return HRMConfig.from_dict({**shape, **changes})
+
+    def check_model(self, config: HRMConfig) -> None:
+        """Raises ValueError where an option does not fit the model's hrm_max_steps."""
+        most = config.hrm_max_steps
+        for option, n in (("depth", self.fixed_depth), ("gradient_steps", self.gradient_steps)):
+            if n > most:
+                value = self.depth if option == "depth" else n
+                raise ValueError(f"--{option.replace('_', '-')} {value} is over hrm_max_steps {most} of the model")
+        if self.trains_head:
+            if most < 2:
+                raise ValueError(
+                    f"--halting {self.halting} needs a model of at least 2 steps, this one has hrm_max_steps {most}; "
+                    "use --halting none"
+                )
+            if fault := target_fault(self.target_steps or None, most):
+                raise ValueError(fault)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Fields in which a saved run's values `other` would make other weights, as "--flag was X, is Y"."""
@@ -166,7 +224,11 @@ class TrainConfig:
         ]
 
 
+PUBLISHED_BIAS = 0.35
+
 _CHOICES = {
+    "halting": ("policy", "gain", "expected", "q", "none", "published"),
+    "decisions": ("prefix", "row"),
     "resume": ("never", "auto"),
     "gradient": ("replay", "published"),
     "dtype": ("auto", "float32", "bfloat16"),
