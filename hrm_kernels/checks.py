@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -158,7 +159,7 @@ def linear_cross_entropy(x: Tensor, w: Tensor, targets: Tensor, reduction: str) 
 
 def hrm_loop(
     weights, x: Tensor, init_H, init_L, rotary, lengths, limit, may_halt, halt_bias: float, dropout_p: float,
-    n_head: int, n_kv_head: int,
+    n_head: int, n_kv_head: int, pooled: Tensor | None = None, past=None,
 ) -> None:  # fmt: skip
     """HRMLoop.run."""
     rank("x", x, "B T C")
@@ -168,7 +169,7 @@ def hrm_loop(
     if x.dtype.itemsize > 4 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; the loop's kernels take float32, bfloat16 and float16")
     for name, t in (("init_H", init_H), ("init_L", init_L)):
-        shape(name, t, (c,), f"with {c} channels in x")
+        start(name, t, x, past is not None)
     halting(x, weights.q, weights.q_bias, None)
     loop_blocks(weights, c, n_head, n_kv_head)
     if rotary is not None:
@@ -186,7 +187,38 @@ def hrm_loop(
     options(x, lengths, dropout_p)
     if lengths is not None and lengths.device.type == "cpu" and (lengths.min() < 1 or lengths.max() > n_tokens):
         raise ValueError(f"lengths {lengths.tolist()} must lie in 1..{n_tokens}, the padded length")
+    if pooled is not None:
+        if past is not None:
+            raise ValueError("pooled was given with past, whose mean runs over all positions of a row; leave it out")
+        leading(pooled, lengths, x)
     same_device(x, init_H=init_H, init_L=init_L, rotary=rotary, w=weights.L[0].q)
+
+
+def start(name: str, t: Tensor, x: Tensor, over_a_cache: bool) -> None:
+    """init_H or init_L of HRMLoop.run, for x [B, T, C]."""
+    vector, states = tuple(x.shape[2:]), tuple(x.shape)
+    if tuple(t.shape) not in (vector, states):
+        raise ValueError(
+            f"{name} has shape {tuple(t.shape)}; for this x it must be {vector}, where every position starts, or "
+            f"{states}, states to go on from"
+        )
+    if t.dim() == 3 and over_a_cache:
+        raise ValueError(f"{name} has shape {states}; with past, tokens are new: give {vector}, where they start")
+    if t.dim() == 3 and t.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"{name} is {t.dtype} and x {x.dtype}; convert these states to {x.dtype} or torch.float32")
+
+
+def leading(pooled: Tensor, lengths: Tensor | None, x: Tensor) -> None:
+    """pooled [B] of HRMLoop.run. On a GPU what it holds is not looked at: that would wait."""
+    shape("pooled", pooled, (x.shape[0],), "one for each row,")
+    integers("pooled", pooled)
+    same_device(x, pooled=pooled)
+    most = x.shape[1] if lengths is None else lengths
+    if pooled.device.type == "cpu" and (pooled.min() < 1 or (pooled > most).any()):
+        upto = f"{most}, the positions of x" if lengths is None else f"lengths {lengths.tolist()}"
+        raise ValueError(
+            f"pooled {pooled.tolist()} must lie in 1..{upto}; give a number of leading tokens for each row"
+        )
 
 
 def loop_blocks(weights, c: int, n_head: int, n_kv_head: int) -> None:

@@ -75,7 +75,7 @@ class LoopResult(NamedTuple):
 
     z_H: Tensor
     """[B, T, C] of each row after its last step; with keep_before, of a row that halted by decision before it. From a
-    row's length on: finite, otherwise unspecified."""
+    row's length on: finite if the states that were given are, otherwise unspecified."""
     z_L: Tensor
     """[B, T, C], likewise."""
     q: Tensor
@@ -138,27 +138,32 @@ class HRMLoop:
         dropout_p: float = 0.0,
         driver: str = "host",
         past: StepPast | None = None,
+        pooled: Tensor | None = None,
     ) -> LoopResult:
         """Step row r until its decision or limit[r] steps.
 
         Args:
             weights: of any float dtype; under autocast, and where their dtype is not x's, copies are made once a call.
             x: [B, T, C] float32, bfloat16 or float16: output of the input blocks.
-            init_H, init_L: [C], where every position starts.
+            init_H, init_L: [C] of any float dtype, where every position starts; or [B, T, C] of x's dtype or float32,
+                states that rows go on from (calls of one step each give what one call of as many steps gives).
             rotary: as for hrm_kernels.qkv_rope. lengths: [B] integers or None; looked at where that costs no waiting.
             limit: B integers, at least 0. may_halt: B flags: whether the head's decision counts for the row.
             halt_bias: added to q_halt. dropout_p: of attention weights and branch outputs, drawn anew in every step.
             keep_before: of rows that halt by decision return the state before their last step, to run it again.
             driver: "host", "graph" or "while"; see drivers.py. All give the same bits.
             past: x [R, 1, C] are new tokens, one a row of this cache, which is read and written in place; a row whose
-                limit is 0 has none.
+                limit is 0 has none. Neither pooled nor states [B, T, C] go with it.
+            pooled: [B] integers in 1..T, at most lengths, or None for lengths (without those T): leading tokens over
+                which the head's mean runs; nothing else changes. Looked at where that costs no waiting.
 
         Raises:
             ValueError: an argument of the wrong shape or out of range, before anything is launched.
         """
         checks.hrm_loop(
-            weights, x, init_H, init_L, rotary, lengths, limit, may_halt, halt_bias, dropout_p, *self._arguments[:2]
-        )
+            weights, x, init_H, init_L, rotary, lengths, limit, may_halt, halt_bias, dropout_p, *self._arguments[:2],
+            pooled, past,
+        )  # fmt: skip
         if driver not in drivers.DRIVERS:
             raise ValueError(f"driver {driver!r} is none of {', '.join(drivers.DRIVERS)}")
         if max(limit) == 0:
@@ -173,8 +178,9 @@ class HRMLoop:
                 torch.cuda.current_stream(x.device).wait_event(self._done)
             try:
                 return self._run(
-                    weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver, past
-                )
+                    weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver, past,
+                    pooled,
+                )  # fmt: skip
             finally:
                 if x.is_cuda:
                     stream = torch.cuda.current_stream(x.device)
@@ -183,14 +189,14 @@ class HRMLoop:
                     self._done = stream.record_event()
 
     def _run(
-        self, weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver, past
+        self, weights, x, init_H, init_L, rotary, lengths, limit, may_halt, sizes, keep_before, driver, past, pooled
     ) -> LoopResult:
         from .kernels.hrm_step import step
 
         weights = self._in_one_type(weights, compute_dtype(x))
-        shape = self._shape(weights, x, rotary, lengths, keep_before)
+        shape = self._shape(weights, x, rotary, lengths, keep_before, pooled)
         space = shape.space
-        space.fill(x, init_H, init_L, rotary, lengths, sizes.dropout_p)
+        space.fill(x, init_H, init_L, rotary, lengths, sizes.dropout_p, pooled)
         books = space.books
         steps = drivers.Steps(lambda: step(space, weights, sizes, past), books.n_active, max(limit), any(may_halt))
         if driver == "host":
@@ -232,14 +238,14 @@ class HRMLoop:
         made = tuple(BlockWeights(**b) for b in blocks)
         return LoopWeights(made[: len(weights.L)], made[len(weights.L) :], head["q"], head["q_bias"])
 
-    def _shape(self, weights: LoopWeights, x: Tensor, rotary, lengths, keep_before: bool) -> _Shape:
+    def _shape(self, weights: LoopWeights, x: Tensor, rotary, lengths, keep_before: bool, pooled) -> _Shape:
         from .kernels.hrm_step import Space
 
         block = weights.L[0]
-        given = [None if t is None else t.shape for t in (x, rotary, lengths, block.q, block.k, block.up)]
+        given = [None if t is None else t.shape for t in (x, rotary, lengths, pooled, block.q, block.k, block.up)]
         key = (*given, x.dtype, x.device, block.up.dtype, keep_before, tuning.overrides())
         if key not in self._shapes:
-            sizes = Space.sizes(x, block.up.dtype, block, rotary, lengths, keep_before)
+            sizes = Space.sizes(x, block.up.dtype, block, rotary, lengths, keep_before, pooled)
             if not self._scratch.has_room(sizes, x.device):
                 self._shapes.clear()  # graphs hold addresses, and views hold memory
                 self._scratch.grow(sizes, x.device)

@@ -86,7 +86,9 @@ def exits(
                 found["means"].append(means)
             moved, size = (_prefix_norms(t) for t in (z_H - before, before))
             found["change"].append(pick.prefixes(moved / size).float())
-            found["losses"].append(pick.losses(model.loss(model.decode(z_H, rotary, lengths), targets, lengths, "none")))
+            found["losses"].append(
+                pick.losses(model.loss(model.decode(z_H, rotary, lengths), targets, lengths, "none"))
+            )
             before = z_H
     stacked = {name: torch.stack(parts, 2) if parts else None for name, parts in found.items()}
     return Exits(weights=pick.weights(), **stacked)

@@ -132,7 +132,9 @@ class HRMForCausalLM(nn.Module):
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient {gradient!r} is none of {', '.join(GRADIENTS)}")
         if gradient_steps != 1 and (gradient != "replay" or not is_int(gradient_steps) or gradient_steps < 1):
-            raise ValueError(f"gradient_steps {gradient_steps!r} must be an integer of at least 1, and 1 unless replayed")
+            raise ValueError(
+                f"gradient_steps {gradient_steps!r} must be an integer of at least 1, and 1 unless replayed"
+            )
         if halt_bias is None:
             halt_bias = 0.0 if self.training else self.config.halt_bias
         check_halt_bias(halt_bias)
@@ -226,6 +228,7 @@ class HRMForCausalLM(nn.Module):
             if targets.device.type == "cpu" and (targets.min() < IGNORE or targets.max() >= c.vocab_size):
                 bad = targets.min().item() if targets.min() < IGNORE else targets.max().item()
                 raise ValueError(f"target {bad} is outside 0..{c.vocab_size - 1}; use {IGNORE} for 'no target'")
+
     @staticmethod
     def _checked_counts(name: str, ids_BT: Tensor, counts) -> Tensor | None:
         """`counts`, one of 1..T for each row, as int64 on the ids' device."""

@@ -170,6 +170,8 @@ class Space:
     """float32 [T, D/2, 2] or [B, T, D/2, 2]"""
     lengths: Tensor | None = None
     """[B] int64"""
+    pooled: Tensor | None = None
+    """[B] int64, leading tokens that the head scores, where those are not all of a row's."""
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], x: Tensor) -> Space:
@@ -180,7 +182,7 @@ class Space:
     @staticmethod
     def sizes(
         x: Tensor, dtype: torch.dtype, block: BlockWeights, rotary: Tensor | None, lengths: Tensor | None,
-        keep_before: bool,
+        keep_before: bool, pooled: Tensor | None = None,
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:  # fmt: skip
         """Field -> (shape, type) of what a batch like x needs; `dtype` is what products compute in."""
         n_rows, n_tokens, c = x.shape
@@ -192,18 +194,18 @@ class Space:
         sizes |= {name: ((n_rows, n_tokens, width), dtype) for name, width in widths.items()}
         if rotary is not None:
             sizes["rotary"] = tuple(rotary.shape), torch.float32
-        if lengths is not None:
-            sizes["lengths"] = (n_rows,), torch.int64
+        counts = {"lengths": lengths, "pooled": pooled}
+        sizes |= {name: ((n_rows,), torch.int64) for name, given in counts.items() if given is not None}
         sizes |= {"seed": ((1,), torch.int64), "mean": ((n_rows, 1, c), torch.float32)}
         return sizes | Books.sizes(x)
 
-    def fill(self, x, init_H, init_L, rotary, lengths, dropout_p: float) -> None:
-        """A new batch: every position of every row at the initial states [C]."""
+    def fill(self, x, init_H, init_L, rotary, lengths, dropout_p: float, pooled=None) -> None:
+        """A new batch: every position at the initial states [C], or at its own of [B, T, C]."""
         self.x.copy_(x)
         for state, init in ((self.z_H, init_H), (self.z_L, init_L), (self.before_H, init_H), (self.before_L, init_L)):
             if state is not None:
                 state.copy_(init.expand_as(state))
-        for own, given in ((self.rotary, rotary), (self.lengths, lengths)):
+        for own, given in ((self.rotary, rotary), (self.lengths, lengths), (self.pooled, pooled)):
             if own is not None:
                 own.copy_(given)
         if dropout_p > 0:
@@ -267,7 +269,8 @@ def step(space: Space, weights: LoopWeights, sizes: Sizes, past: StepPast | None
             space.z_H, space.z_L, *past[1:4], scored, past.position, books.active, books.n_active, books.executed,
             n_rows, past.z_L.shape[1], C=c, BLOCK_C=power_of_2(c), num_warps=1, num_stages=1,
         )  # fmt: skip
-    keep_books(scored, weights.q, weights.q_bias, sizes.halt_bias, space.lengths, books)
+    pooled = space.lengths if space.pooled is None else space.pooled
+    keep_books(scored, weights.q, weights.q_bias, sizes.halt_bias, pooled, books)
 
 
 DRAWS = 3

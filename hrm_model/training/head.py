@@ -116,7 +116,9 @@ class HeadTraining:
             q = torch.nn.functional.linear(means, w, b)
             total, normaliser = head_loss(self.objective, losses, q, weights, self.price.value)
             gradient = torch.autograd.grad(total, (w, b))
-        sums = torch.cat([torch.stack([total.detach(), normaliser]).double(), self._statistics(losses, q.detach(), weights)])
+        sums = torch.cat(
+            [torch.stack([total.detach(), normaliser]).double(), self._statistics(losses, q.detach(), weights)]
+        )
         if self._sums is None:
             self._gradient, self._sums = list(gradient), sums
         else:

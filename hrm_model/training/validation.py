@@ -49,7 +49,9 @@ class Reading:
         """Of depths [N, T]."""
         return DepthStatistics.of(executed, self.max_steps)
 
-    def compare(self, executed: np.ndarray, costs: Costs | None = None, windows: np.ndarray | None = None) -> Comparison:
+    def compare(
+        self, executed: np.ndarray, costs: Costs | None = None, windows: np.ndarray | None = None
+    ) -> Comparison:
         """Depths [N, T] against fixed and shuffled ones at equal compute: equal steps, or with `costs` equal block
         applications. windows: which of the N count (a bootstrap's draw)."""
         which = slice(None) if windows is None else windows
@@ -111,7 +113,9 @@ def read_windows(
         rows = (torch.from_numpy(a[start : start + batch_size]).to(model.device) for a in (inputs, targets))
         with autocast():
             found = exits(model, *rows)
-        parts.append([t.float().cpu().numpy() for t in (found.losses, found.margins(model.config.halt_bias), found.change)])
+        parts.append(
+            [t.float().cpu().numpy() for t in (found.losses, found.margins(model.config.halt_bias), found.change)]
+        )
     return Reading(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
