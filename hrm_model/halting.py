@@ -162,21 +162,21 @@ def head_loss(objective: str, losses: Tensor, q: Tensor, weights: Tensor, price:
 class Price:
     """lambda, the price of a step in nats: constant, or steered so that the mean depth comes to `target`.
 
-    After each optimizer step lambda *= exp(RATE clip(mean - target, -2, 2)). RATE 0.003 needs some 120 steps for a
-    factor of two when the mean is two steps off: at 0.02 the depth overshot and swung.
+    After each optimizer step lambda *= exp(rate clip(mean - target, -2, 2)). At 0.003 it takes some 120 steps for a
+    factor of two when the mean is two steps off; at 0.02 the depth of a model in training overshot and swung.
     """
 
     value: float
     target: float | None = None
+    rate: float = 0.003
 
-    RATE = 0.003
     LEAST, MOST = 1e-6, 10.0
 
     def steer(self, mean_steps: float) -> None:
         """Move towards the target, which `mean_steps` is held against."""
         if self.target is not None:
             off = min(max(mean_steps - self.target, -2.0), 2.0)
-            self.value = min(max(self.value * math.exp(self.RATE * off), self.LEAST), self.MOST)
+            self.value = min(max(self.value * math.exp(self.rate * off), self.LEAST), self.MOST)
 
 
 def price_faults(price: float, target: float | None) -> list[str]:

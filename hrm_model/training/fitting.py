@@ -1,0 +1,239 @@
+"""Fitting the halting head to a checkpoint, start to finish: what its exits are worth, the fit, the verdict, the model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import CheckpointError, load_model, save_model
+from ..config import HRMConfig
+from ..depth_statistics import Costs
+from ..exits import DECISIONS
+from ..halting import OBJECTIVES, Price, price_faults, target_fault
+from ..model import HRMForCausalLM
+from .device import autocast, choose_device, choose_dtype, choose_kernels
+from .head_fit import MEANS_BYTES, PRICE_RATE, collect, fit
+from .ngram import ngram_losses
+from .sampler import Sampler, validation_windows
+from .shards import open_dataset
+from .validation import Reading, read_windows
+
+
+class UnusableExits(ValueError):
+    """Fewer than two exits say more than token frequencies do."""
+
+
+class HeadFitting:
+    """One run of train/halting.py. Everything that can be wrong with its inputs is raised by the constructor.
+
+    Args:
+        options: train/halting.py's.
+
+    Raises:
+        ValueError, OSError: the message names the option, what was found and the remedy.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        faults = list(_faults(options))
+        if faults:
+            raise ValueError("impossible options:\n  " + "\n  ".join(faults))
+        self.out = Path(options.out or f"{Path(options.checkpoint).with_suffix('')}-halting")
+        if self.out.exists() and not options.overwrite:
+            raise CheckpointError(f"{self.out} already exists; choose another --out or pass --overwrite")
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(options.dtype, self.device)
+        choose_kernels(options.fused, self.device)
+        self.model, self.config = load_model(options.checkpoint, self.device)
+        self._check_model()
+        datasets = [open_dataset(path) for path in options.data]
+        size, vocab = self.config.block_size, self.config.vocab_size
+        self.sampler = Sampler(datasets, size, options.seed, vocab_size=vocab)
+        self.inputs, self.targets = validation_windows(datasets, size, options.eval_windows, vocab)
+        self.ngrams = ngram_losses([d.split("train") for d in datasets], self.targets, self.inputs, vocab)
+
+    def _check_model(self) -> None:
+        steps = self.config.hrm_max_steps
+        if steps < 2:
+            raise ValueError(f"{self.options.checkpoint} has hrm_max_steps {steps}: with one step nothing is decided")
+        if fault := target_fault(self.options.target_steps, steps):
+            raise ValueError(fault)
+
+    def __call__(self) -> dict[str, Any]:
+        """Report, fit, report, write.
+
+        Raises:
+            UnusableExits: the table of losses by depth has been printed; nothing is written.
+        """
+        options = self.options
+        reading = self._read(self.model)
+        usable = self._report_exits(reading)
+        if len(usable) < 2 and not options.force:
+            raise UnusableExits(
+                f"{len(usable)} of {reading.max_steps} exits of {options.checkpoint} say more than token frequencies do, so "
+                "there is nothing to choose between. Train on at random depths first (python train/pretrain.py "
+                f"--init-from {options.checkpoint} --depth random --halting none), give text it was trained for "
+                "with --data, or fit all the same with --force"
+            )
+        price = Price(options.step_price, options.target_steps, PRICE_RATE)
+        decisions = collect(self.model, self._training_batches(), options.decisions, self._most(), self._autocast)
+        print(
+            f"fitting {options.halting} to {len(decisions.losses):,} decisions of {options.windows} windows", flush=True
+        )
+        found = fit(decisions, options.halting, price, options.iterations, _progress(options.iterations))
+        model = with_head(self.model, found.weight, found.bias, options.halting)
+        result = self._report_depths(model, found.price, usable)
+        save_model(model, self.out, overwrite=options.overwrite)
+        print(f"wrote {self.out}")
+        return result
+
+    def _autocast(self):
+        return autocast(self.device, self.dtype)
+
+    def _read(self, model: HRMForCausalLM) -> Reading:
+        return read_windows(model, self.inputs, self.targets, self.options.batch_size, self._autocast)
+
+    def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, self.options.windows, self.options.batch_size):
+            n = min(self.options.batch_size, self.options.windows - first)
+            inputs, targets, _ = self.sampler.batch(first, n)
+            yield torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
+
+    def _most(self) -> int:
+        """Decisions kept of a window, so that all fit in memory."""
+        of_one = self.config.hrm_max_steps * self.config.n_embd * 4
+        return max(1, MEANS_BYTES // of_one // self.options.windows)
+
+    def _report_exits(self, reading: Reading) -> list[int]:
+        """Print the loss by depth and what it says; returns the depths whose exits are usable."""
+        by_depth, price = reading.by_depth(), self.options.step_price
+        print(f"loss by depth, nats per token ({self.targets.size:,} tokens; unigram {self.ngrams['unigram']:.4f})")
+        for s, loss in enumerate(by_depth, 1):
+            low, high = reading.interval(lambda rows, s=s: _mean_gain(reading, rows, s))
+            gain = "" if s == 1 else f"   {by_depth[0] - loss:+.4f} against 1 step ({low:+.4f} to {high:+.4f})"
+            print(f"  {s:>2}  {loss:.4f}{gain}")
+        usable = [s for s, loss in enumerate(by_depth.tolist(), 1) if loss < self.ngrams["unigram"]]
+        best = int(by_depth.argmin()) + 1
+        worth = max((by_depth[0] - by_depth[s]) / s for s in range(1, len(by_depth)))
+        print(f"best fixed depth {best}; usable exits (below unigram): {', '.join(map(str, usable)) or 'none'}")
+        if worth <= 0:
+            print(
+                "depth does not pay on average: no depth is better than 1. Only texts that differ from the mean could gain"
+            )
+        elif worth < price:
+            print(
+                f"a step gains at most {worth:.4f} nats on average, less than its price {price:g}: only what differs from "
+                f"the mean can pay; --step-price {worth / 2:.2g} or less pays for depth everywhere"
+            )
+        else:
+            print(f"depth can pay: a step gains up to {worth:.4f} nats on average, its price is {price:g}")
+        return usable
+
+    def _report_depths(self, model: HRMForCausalLM, price: float, usable: list[int]) -> dict[str, Any]:
+        """Print what the fitted head decides on validation text and what that is worth; returns the numbers."""
+        reading, costs = self._read(model), Costs.of(self.config)
+        executed = reading.executed()
+        depths = reading.statistics(executed)
+        steps, blocks = reading.compare(executed), reading.compare(executed, costs)
+
+        def against(rival: str, costs: Costs | None = None) -> tuple[float, float]:
+            def difference(rows: np.ndarray) -> float:
+                found = reading.compare(executed, costs, rows)
+                return found.learned - getattr(found, rival)
+
+            return reading.interval(difference)
+
+        rivals = {
+            "fixed_at_equal_steps": (steps.fixed, against("fixed")),
+            "fixed_at_equal_blocks": (blocks.fixed, against("fixed", costs)),
+            "shuffled": (steps.shuffled, against("shuffled")),
+        }
+        correlation = reading.gain_correlation(executed)
+        print(f"price {price:.4g} nats a step; executed steps: {depths}; {_histogram(depths.histogram)}")
+        print(f"loss at the decided depths {steps.learned:.4f}, by the causal protocol; learned minus")
+        for name, (value, (low, high)) in rivals.items():
+            print(
+                f"  {name.replace('_', ' '):<22} {value:.4f}: {steps.learned - value:+.4f} ({low:+.4f} to {high:+.4f})"
+            )
+        pays = all(high < 0 for _, (_, high) in rivals.values())
+        print(
+            "learned depth pays: better than every rival, intervals included"
+            if pays
+            else "learned depth does not beat its rivals beyond doubt on this text"
+        )
+        return {
+            "checkpoint": str(self.options.checkpoint),
+            "out": str(self.out),
+            "objective": self.options.halting,
+            "price": price,
+            "usable_exits": usable,
+            "loss_by_depth": reading.by_depth().tolist(),
+            "mean_steps": depths.mean,
+            "dispersion": depths.dispersion,
+            "histogram": depths.histogram,
+            "loss": steps.learned,
+            "applications": float(costs.applications(executed).mean()),
+            "gain_correlation": correlation,
+            "rivals": {name: {"loss": v, "difference_interval": list(ci)} for name, (v, ci) in rivals.items()},
+            "pays": pays,
+        }
+
+
+def with_head(model: HRMForCausalLM, weight: Tensor, bias: Tensor, objective: str) -> HRMForCausalLM:
+    """A copy of `model` with another halting head, weight [2, C] and bias [2]; halt_bias 0, every other tensor as it was."""
+    config: HRMConfig = dataclasses.replace(model.config, halting=objective, halt_bias=0.0)
+    with torch.random.fork_rng(devices=[]):
+        copy = HRMForCausalLM(config)
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        copy.hrm_core.q_head.weight.copy_(weight)
+        copy.hrm_core.q_head.bias.copy_(bias)
+    return copy.to(model.device).train(model.training)
+
+
+def _mean_gain(reading: Reading, rows: np.ndarray, s: int) -> float:
+    losses = reading.losses[rows]
+    return float((losses[..., 0] - losses[..., s - 1]).astype(np.float64).mean())
+
+
+def _histogram(counts: list[int]) -> str:
+    return " ".join(f"{s}:{n}" for s, n in enumerate(counts, 1) if n)
+
+
+def _progress(iterations: int):
+    from tqdm import tqdm
+
+    bar = tqdm(total=iterations, unit=" iterations", leave=False)
+
+    def update(bar, i: int, loss: float) -> None:
+        bar.update(1)
+        bar.set_postfix_str(f"L_q {loss:.4f}", refresh=False)
+        if i == iterations:
+            bar.close()
+
+    return partial(update, bar)
+
+
+def _faults(options: argparse.Namespace):
+    if options.halting not in OBJECTIVES:
+        yield f"--halting {options.halting!r} is none of {', '.join(OBJECTIVES)}, which train a head"
+    if options.decisions not in DECISIONS:
+        yield f"--decisions {options.decisions!r} is none of {', '.join(DECISIONS)}"
+    for name, least in (("windows", 4), ("eval_windows", 2), ("iterations", 1), ("batch_size", 1)):
+        if getattr(options, name) < least:
+            yield f"--{name.replace('_', '-')} {getattr(options, name)} is below its minimum {least}"
+    if not 0 <= options.seed < 2**63:
+        yield f"--seed {options.seed} is outside 0..2^63 - 1"
+    if options.target_steps is not None and math.isnan(options.target_steps):
+        yield "--target-steps is nan; give a number of steps"
+    else:
+        yield from price_faults(options.step_price, options.target_steps)
