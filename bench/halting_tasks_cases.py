@@ -1,0 +1,115 @@
+"""Tasks whose needed depth is known, and the small models that learn them.
+
+A row's answer takes k operations one after the other, k of 1..8 drawn anew for each row. The models are made of the core
+alone, one block a level and one cycle, without input and output blocks: a step can hardly do more than one operation, so
+a row needs more steps the larger its k is.
+
+    permutations  a start among 5 things, then k swaps; after each swap: where is the start now?
+    pointers      a permutation of 4 nodes in the form of shuffled pairs (node, next), a start, then k hops; after each hop:
+                  which node?
+    delayed       permutations, but only the answer after the last swap counts for the decision: until the depth that it
+                  needs, a step gains nothing
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hrm_model import HRMConfig, HRMForCausalLM
+from hrm_model.model import IGNORE
+
+S = 8
+MOST_OPERATIONS = 8
+THINGS = 5
+NODES = 4
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch of a task. B rows, T positions, right-padded."""
+
+    ids: Tensor
+    """[B, T] int64"""
+    targets: Tensor
+    """[B, T] int64, what the model is trained on."""
+    rewards: Tensor
+    """[B, T] int64, the targets that count for the decision to stop."""
+    lengths: Tensor
+    """[B] int64"""
+    needed: Tensor
+    """[B] int64, k: operations to be made one after the other."""
+
+    def __getitem__(self, which: Tensor) -> Rows:
+        return Rows(*(t[which] for t in vars(self).values()))
+
+
+def permutations(generator: torch.Generator, n: int, delayed: bool = False) -> Rows:
+    """n rows: start, swap 1, .. swap k; targets from the first swap on."""
+    swaps = list(itertools.combinations(range(THINGS), 2))
+    table = torch.arange(THINGS).repeat(len(swaps), 1)
+    for i, (a, b) in enumerate(swaps):
+        table[i, a], table[i, b] = b, a
+    needed = torch.randint(1, MOST_OPERATIONS + 1, (n,), generator=generator)
+    at = torch.randint(0, THINGS, (n,), generator=generator)
+    drawn = torch.randint(0, len(swaps), (n, MOST_OPERATIONS), generator=generator)
+    ids = torch.cat([(len(swaps) + at)[:, None], drawn], 1)
+    targets = torch.full_like(ids, IGNORE)
+    for j in range(MOST_OPERATIONS):
+        at = table[drawn[:, j], at]
+        targets[:, j + 1] = torch.where(j < needed, len(swaps) + at, IGNORE)
+    return _rows(ids, targets, needed + 1, needed, delayed)
+
+
+def pointers(generator: torch.Generator, n: int) -> Rows:
+    """n rows: the pairs, start, then a hop token for each further hop; targets from the start on."""
+    following = torch.rand(n, NODES, generator=generator).argsort(1)
+    order = torch.rand(n, NODES, generator=generator).argsort(1)
+    at = torch.randint(0, NODES, (n,), generator=generator)
+    needed = torch.randint(1, MOST_OPERATIONS + 1, (n,), generator=generator)
+    n_pairs, hop = NODES * NODES, NODES * NODES + NODES
+    hops = torch.full((n, MOST_OPERATIONS - 1), hop)
+    ids = torch.cat([order * NODES + following.gather(1, order), (n_pairs + at)[:, None], hops], 1)
+    targets = torch.full_like(ids, IGNORE)
+    for j in range(MOST_OPERATIONS):
+        at = following.gather(1, at[:, None])[:, 0]
+        targets[:, NODES + j] = torch.where(j < needed, n_pairs + at, IGNORE)
+    return _rows(ids, targets, needed + NODES, needed, False)
+
+
+def _rows(ids: Tensor, targets: Tensor, lengths: Tensor, needed: Tensor, delayed: bool) -> Rows:
+    padding = torch.arange(ids.shape[1]) >= lengths[:, None]
+    rewards = targets
+    if delayed:
+        last = torch.arange(ids.shape[1]) == lengths[:, None] - 1
+        rewards = torch.where(last, targets, IGNORE)
+    return Rows(ids.masked_fill(padding, 0), targets, rewards, lengths, needed)
+
+
+TASKS: dict[str, Callable[[torch.Generator, int], Rows]] = {
+    "permutations": permutations,
+    "pointers": pointers,
+    "delayed": lambda generator, n: permutations(generator, n, delayed=True),
+}
+
+
+def make_model(seed: int, halting: str) -> HRMForCausalLM:
+    """A model of 51,000 parameters. Its matrices start at 1 / sqrt(inputs): at this width the usual 0.02 leaves attention
+    nothing to look at for thousands of steps."""
+    config = HRMConfig(
+        vocab_size=32, n_embd=64, block_size=16, n_head=4, n_kv_head=4, n_input_layers=0, n_output_layers=0,
+        hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=1, hrm_max_steps=S, mlp_hidden=128,
+        embed_scale=30.0, halt_bias=0.0, halting=halting,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = HRMForCausalLM(config)
+    with torch.no_grad():
+        for name, p in model.hrm_core.named_parameters():
+            if p.dim() == 2 and "q_head" not in name:
+                p.normal_(0, p.shape[1] ** -0.5)
+        model.wte.weight.normal_(0, 1 / 30)
+    return model
