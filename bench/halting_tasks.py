@@ -1,18 +1,18 @@
 """Does a trained halting head stop when a task is done? Tasks of known depth, every objective, against fixed depths.
 
     python bench/halting_tasks.py                         # three tasks, three seeds, some 40 minutes on two cores
-    python bench/halting_tasks.py --tasks delayed --seeds 7 --steps 1500
+    python bench/halting_tasks.py --tasks delayed --seeds 7 8 9
     python bench/halting_tasks.py --save --plot docs/halting-tasks.png
     python bench/halting_tasks.py --from bench/results/halting_tasks.jsonl --plot picture.png     # draws it again
 
-For each task and seed two models are trained. One at random depths, whose head is then fitted by each objective in turn to
-the same exits (staged): objectives differ in nothing else. The other with the default of train/pretrain.py, head and
-model together (joint). Rivals are the model's own fixed depths, mixed to the same mean steps, and the same steps dealt out
-to other rows at random; both have the compute of the learned depths. Untrained rules: the published head, and stopping
-when z_H changes little, its threshold set so that the mean steps are those of the policy.
+For each task and seed two models are trained. One at random depths, whose head is then fitted by each objective in turn
+to the same exits (staged): objectives differ in nothing else. The other with the default of train/pretrain.py, head and
+model together (joint). Rivals are the model's own fixed depths, mixed to the same mean steps, and the same steps dealt
+out to other rows at random; both have the compute of the learned depths. Untrained rules: the published head, and
+stopping when z_H changes little, its threshold set so that the mean steps are those of the policy.
 
-Intervals are 95 % bootstrap intervals over rows that nothing was trained on. Exit status: 0; 1 where a conclusion that the
-documentation draws does not hold; 2 for wrong usage. The last line is JSON.
+Intervals are 95 % bootstrap intervals over rows that nothing was trained on. Exit status: 0; 1 where a conclusion that
+the documentation draws does not hold; 2 for wrong usage. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--steps", type=positive, default=1500, metavar="N", help="optimizer steps of a model; default: 1500")
+    add("--steps", type=positive, default=1200, metavar="N", help="optimizer steps of a model; default: 1200")
     add("--workers", type=positive, default=2, metavar="N", help="processes of one thread each; default: 2")
     add("--save", action="store_true", help="append the records to bench/results/halting_tasks.jsonl")
     add("--plot", type=Path, metavar="FILE", help="draw loss against steps (needs matplotlib)")

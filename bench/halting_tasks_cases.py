@@ -1,12 +1,12 @@
 """Tasks whose needed depth is known, and the small models that learn them.
 
-A row's answer takes k operations one after the other, k of 1..8 drawn anew for each row. The models are made of the core
-alone, one block a level and one cycle, without input and output blocks: a step can hardly do more than one operation, so
-a row needs more steps the larger its k is.
+A row's answer takes k operations one after the other, k of 1..8 drawn anew for each row. The models are made of the
+core alone, one block a level and one cycle, without input and output blocks: a step can hardly do more than one
+operation, so a row needs more steps the larger its k is.
 
     permutations  a start among 5 things, then k swaps; after each swap: where is the start now?
-    pointers      a permutation of 4 nodes in the form of shuffled pairs (node, next), a start, then k hops; after each hop:
-                  which node?
+    pointers      layers of 6 nodes with one pointer from each node to the next layer: a start, then a token for each of k
+                  layers that names its pointers, one of 20 sets; after each hop: at which node?
     delayed       permutations, but only the answer after the last swap counts for the decision: until the depth that it
                   needs, a step gains nothing
 """
@@ -26,7 +26,8 @@ from hrm_model.model import IGNORE
 S = 8
 MOST_OPERATIONS = 8
 THINGS = 5
-NODES = 4
+NODES = 6
+POINTER_SETS = 20
 
 
 @dataclass(frozen=True)
@@ -54,40 +55,39 @@ def permutations(generator: torch.Generator, n: int, delayed: bool = False) -> R
     table = torch.arange(THINGS).repeat(len(swaps), 1)
     for i, (a, b) in enumerate(swaps):
         table[i, a], table[i, b] = b, a
-    needed = torch.randint(1, MOST_OPERATIONS + 1, (n,), generator=generator)
-    at = torch.randint(0, THINGS, (n,), generator=generator)
-    drawn = torch.randint(0, len(swaps), (n, MOST_OPERATIONS), generator=generator)
-    ids = torch.cat([(len(swaps) + at)[:, None], drawn], 1)
-    targets = torch.full_like(ids, IGNORE)
-    for j in range(MOST_OPERATIONS):
-        at = table[drawn[:, j], at]
-        targets[:, j + 1] = torch.where(j < needed, len(swaps) + at, IGNORE)
-    return _rows(ids, targets, needed + 1, needed, delayed)
+    return _walk(generator, n, table, delayed)
+
+
+def _pointer_sets() -> Tensor:
+    """[20, 6]: where each set points to from each node. At most two nodes of a set point to the same one: a set that
+    forgot its node would spare a row the hops before it."""
+    generator = torch.Generator().manual_seed(99)
+    drawn = torch.randint(0, NODES, (400, NODES), generator=generator)
+    distinct = torch.tensor([len(set(pointers)) for pointers in drawn.tolist()])
+    return drawn[distinct >= NODES - 1][:POINTER_SETS]
 
 
 def pointers(generator: torch.Generator, n: int) -> Rows:
-    """n rows: the pairs, start, then a hop token for each further hop; targets from the start on."""
-    following = torch.rand(n, NODES, generator=generator).argsort(1)
-    order = torch.rand(n, NODES, generator=generator).argsort(1)
-    at = torch.randint(0, NODES, (n,), generator=generator)
+    """n rows: start, pointers of layer 1, .. of layer k; targets from the first hop on."""
+    return _walk(generator, n, _pointer_sets(), False)
+
+
+def _walk(generator: torch.Generator, n: int, moves: Tensor, delayed: bool) -> Rows:
+    """n rows: a start, then k of `moves` [M, P], where each goes from each of P places; targets the places."""
+    n_moves, n_places = moves.shape
     needed = torch.randint(1, MOST_OPERATIONS + 1, (n,), generator=generator)
-    n_pairs, hop = NODES * NODES, NODES * NODES + NODES
-    hops = torch.full((n, MOST_OPERATIONS - 1), hop)
-    ids = torch.cat([order * NODES + following.gather(1, order), (n_pairs + at)[:, None], hops], 1)
+    at = torch.randint(0, n_places, (n,), generator=generator)
+    drawn = torch.randint(0, n_moves, (n, MOST_OPERATIONS), generator=generator)
+    ids = torch.cat([(n_moves + at)[:, None], drawn], 1)
     targets = torch.full_like(ids, IGNORE)
     for j in range(MOST_OPERATIONS):
-        at = following.gather(1, at[:, None])[:, 0]
-        targets[:, NODES + j] = torch.where(j < needed, n_pairs + at, IGNORE)
-    return _rows(ids, targets, needed + NODES, needed, False)
-
-
-def _rows(ids: Tensor, targets: Tensor, lengths: Tensor, needed: Tensor, delayed: bool) -> Rows:
-    padding = torch.arange(ids.shape[1]) >= lengths[:, None]
+        at = moves[drawn[:, j], at]
+        targets[:, j + 1] = torch.where(j < needed, n_moves + at, IGNORE)
+    padding = torch.arange(ids.shape[1]) >= needed[:, None] + 1
     rewards = targets
     if delayed:
-        last = torch.arange(ids.shape[1]) == lengths[:, None] - 1
-        rewards = torch.where(last, targets, IGNORE)
-    return Rows(ids.masked_fill(padding, 0), targets, rewards, lengths, needed)
+        rewards = torch.where(torch.arange(ids.shape[1]) == needed[:, None], targets, IGNORE)
+    return Rows(ids.masked_fill(padding, 0), targets, rewards, needed + 1, needed)
 
 
 TASKS: dict[str, Callable[[torch.Generator, int], Rows]] = {
@@ -98,8 +98,8 @@ TASKS: dict[str, Callable[[torch.Generator, int], Rows]] = {
 
 
 def make_model(seed: int, halting: str) -> HRMForCausalLM:
-    """A model of 51,000 parameters. Its matrices start at 1 / sqrt(inputs): at this width the usual 0.02 leaves attention
-    nothing to look at for thousands of steps."""
+    """A model of some 85,000 parameters. Its matrices start at 1 / sqrt(inputs): at this width the usual 0.02 leaves
+    attention nothing to look at for thousands of steps."""
     config = HRMConfig(
         vocab_size=32, n_embd=64, block_size=16, n_head=4, n_kv_head=4, n_input_layers=0, n_output_layers=0,
         hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=1, hrm_max_steps=S, mlp_hidden=128,

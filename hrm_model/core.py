@@ -170,8 +170,8 @@ class HRMCore(nn.Module):
             )  # fmt: skip
 
     def unroll(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, n_steps: int) -> Iterator[Tensor]:
-        """z_H [B, T, C] after step 1, 2, .. n_steps, without gradient and without any decision. Nothing of earlier steps
-        is kept here, and nobody waits for the device."""
+        """z_H [B, T, C] after step 1, 2, .. n_steps, without gradient and without any decision. Nothing of earlier
+        steps is kept here, and nobody waits for the device."""
         ones = [1] * len(x)
         with torch.no_grad():
             z_H, z_L = self.initial_state(x)

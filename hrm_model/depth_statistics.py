@@ -88,7 +88,7 @@ class Comparison:
 def compare(by_depth: np.ndarray, learned: float, executed: np.ndarray, costs: Costs | None = None) -> Comparison:
     """Depths executed [.., N], which gave `learned`, against by_depth [S], the mean at each fixed depth.
 
-    Compute is the steps themselves, or with `costs` block applications of rows [.., N] that are generated token by token.
+    Compute is the steps themselves, or with `costs` block applications of rows [.., N] generated token by token.
     """
     mean = float(np.mean(executed))
     spent = mean if costs is None else costs.equal_steps(executed)

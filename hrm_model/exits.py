@@ -7,8 +7,8 @@ unroll therefore holds every prefix's own run:
     mean[t, s]   = mean over u <= t of z_H[u] after s steps, which is what the head sees of prefix ..t
     change[t, s] = |z_H after step s - z_H before| / |z_H before|, norms over the prefix
 
-A decision is that of a prefix (P = T of them in a row; "causal protocol": no look at what follows) or of a row as a whole
-(P = 1, its last prefix; "published protocol").
+A decision is that of a prefix (P = T of them in a row; "causal protocol": no look at what follows) or of a row as a
+whole (P = 1, its last prefix; "published protocol").
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Decisions:
 
 
 def cumulative_mean(z: Tensor) -> Tensor:
-    """[..., T, C] -> the same: position t has the mean of positions 0..t, which a sum of 512 float32 terms would blur."""
+    """[..., T, C] -> the same: position t has the mean of positions 0..t. A sum of 512 float32 terms would blur it."""
     counts = torch.arange(1, z.shape[-2] + 1, device=z.device)
     means = _cumulative_sum(z) / counts[:, None]
     return means.to(torch.promote_types(z.dtype, torch.float32))

@@ -4,8 +4,8 @@ S steps at most, s = 1..S. After step s the head says q_s = [halt, continue], an
 
     margin_s = q_halt + bias - q_continue > 0,        at S if there is none
 
-Stopping at s costs l_s + lambda s: l_s is the loss of the answer that would be given there, lambda the price of a step in
-the same unit (nats). Which stop is best, given what is known so far, is an optimal stopping problem. Policy iteration
+Stopping at s costs l_s + lambda s: l_s is the loss of the answer that would be given there, lambda the price of a step
+in the same unit (nats). Which stop is best, given what is known so far, is an optimal stopping problem. Policy iteration
 (Longstaff & Schwartz, "Valuing American Options by Simulation", 2001) solves it from samples that were run to the end.
 With d_s = q_continue - q_halt, backwards from V_S = l_S:
 
@@ -14,8 +14,8 @@ With d_s = q_continue - q_halt, backwards from V_S = l_S:
     V_s = C_s if d_s > 0, else l_s
     L_q = sum |A_s| softplus(-sign(A_s) d_s) / sum |A_s|
 
-The weights |A| make the sign of L_q's minimiser the sign of E[A | what the head sees], however noisy single samples are;
-the normaliser takes the loss's scale out. docs/halting.md derives it and says what the other objectives lack.
+The weights |A| make the sign of L_q's minimiser the sign of E[A | what the head sees], however noisy single samples
+are; the normaliser takes the loss's scale out. docs/halting.md derives it and says what the other objectives lack.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _gain(losses: Tensor, q: Tensor, weights: Tensor, price: float) -> Terms:
 
 
 def _expected(losses: Tensor, q: Tensor, weights: Tensor, price: float) -> Terms:
-    """E[l_s + lambda s] when the head stops at random, with probability sigmoid(-d_s) after s (Banino et al., "PonderNet",
-    2021, without its prior)."""
+    """E[l_s + lambda s] when the head stops at random, with probability sigmoid(-d_s) after s (Banino et al.,
+    "PonderNet", 2021, without its prior)."""
     d = q[..., 1] - q[..., 0]
     stop, go = F.logsigmoid(-d[:, :-1]), F.logsigmoid(d[:, :-1])
     reach = F.pad(go.cumsum(1), (1, 0))  # log probability of coming to step s
@@ -195,7 +195,7 @@ def price_faults(price: float, target: float | None) -> list[str]:
 def target_fault(target: float | None, max_steps: int) -> str | None:
     """What is wrong with a --target-steps for a model of `max_steps`, or None."""
     if target is not None and target > max_steps:
-        return f"--target-steps {target} is over hrm_max_steps {max_steps} of the model; the mean depth lies in 1..{max_steps}"
+        return f"--target-steps {target} is over hrm_max_steps {max_steps} of the model; give a mean of 1..{max_steps}"
     return None
 
 

@@ -59,7 +59,7 @@ class TrainConfig:
     halting: str = "policy"
     """what trains the halting head: policy (optimal stopping), gain, expected, q; none; or published (none either)"""
     depth: str = "auto"
-    """what sets a row's steps: random (uniform over 1..max), head, fixed:N; auto is head where --halting trains one, else random"""
+    """what sets a row's steps: random (uniform over 1..max), head, fixed:N; auto is head where it is trained, else random"""
     step_price: float = 0.01
     """what a step costs in the head's objective, nats"""
     target_steps: float = 0.0
