@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,7 @@ def conclusions(records: list[dict[str, Any]]) -> dict[str, bool]:
 
 def _falls(sweep: dict[str, dict[str, Any]]) -> bool:
     steps = [figures["mean_steps"] for _, figures in sorted(sweep.items(), key=lambda item: float(item[0]))]
-    return all(b <= a + 0.05 for a, b in zip(steps, steps[1:], strict=False)) and steps[-1] < steps[0]
+    return all(b <= a + 0.05 for a, b in pairwise(steps)) and steps[-1] < steps[0]
 
 
 def report(records: list[dict[str, Any]]) -> dict[str, bool]:
@@ -289,18 +290,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record for each task and seed."""
+    """A record for each task and seed, saved as it comes."""
     jobs = [(task, seed, options.steps) for seed in options.seeds for task in options.tasks]
-    where = environment(torch.device("cpu"))
-    if options.workers == 1:
-        found = [run(*job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-            found = list(pool.map(run, *zip(*jobs, strict=True)))
-    records = [{"environment": where, **record} for record in found]
-    if options.save:
-        for record in records:
-            save("halting_tasks.jsonl", record)
+    records, where = [], environment(torch.device("cpu"))
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        for found in pool.map(run, *zip(*jobs, strict=True)):
+            records.append({"environment": where, **found})
+            print(
+                f"{len(records)} of {len(jobs)}: {found['task']}, seed {found['seed']}, {found['seconds']:.0f} s",
+                flush=True,
+            )
+            if options.save:
+                save("halting_tasks.jsonl", records[-1])
     return records
 
 

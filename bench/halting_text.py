@@ -1,6 +1,6 @@
-"""Does depth pay on real text, and does a trained head know where? Every exit of validation text, by the causal protocol.
+"""Does depth pay on real text, and does a trained head know where? By every exit of validation text, causal protocol.
 
-    python bench/halting_text.py                               # trains the tiny recipe (runs/halting-tiny), then measures
+    python bench/halting_text.py                               # trains the tiny recipe, then measures
     python bench/halting_text.py --train long small            # longer runs: about an hour each on two cores
     python bench/halting_text.py --runs runs/mine --data data/corpus
     python bench/halting_text.py --save --plot docs/halting-text.png

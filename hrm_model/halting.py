@@ -5,9 +5,9 @@ S steps at most, s = 1..S. After step s the head says q_s = [halt, continue], an
     margin_s = q_halt + bias - q_continue > 0,        at S if there is none
 
 Stopping at s costs l_s + lambda s: l_s is the loss of the answer that would be given there, lambda the price of a step
-in the same unit (nats). Which stop is best, given what is known so far, is an optimal stopping problem. Policy iteration
-(Longstaff & Schwartz, "Valuing American Options by Simulation", 2001) solves it from samples that were run to the end.
-With d_s = q_continue - q_halt, backwards from V_S = l_S:
+in the same unit (nats). Which stop is best, given what is known so far, is an optimal stopping problem. Policy
+iteration (Longstaff & Schwartz, "Valuing American Options by Simulation", 2001) solves it from samples that were run to
+the end. With d_s = q_continue - q_halt, backwards from V_S = l_S:
 
     C_s = lambda + V_{s+1}                        cost of going on under today's decisions
     A_s = l_s - C_s                               advantage of going on
