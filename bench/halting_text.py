@@ -1,7 +1,7 @@
 """Does depth pay on real text, and does a trained head know where? By every exit of validation text, causal protocol.
 
     python bench/halting_text.py                               # trains the tiny recipe, then measures
-    python bench/halting_text.py --train long small            # longer runs: about an hour each on two cores
+    python bench/halting_text.py --train long small            # longer runs, half an hour each on two cores
     python bench/halting_text.py --runs runs/mine --data data/corpus
     python bench/halting_text.py --save --plot docs/halting-text.png
     python bench/halting_text.py --from bench/results/halting_text.jsonl --plot picture.png     # draws it again
@@ -44,8 +44,8 @@ DATA = "data/stdlib"
 TRAININGS = {
     "tiny": "--recipe tiny",
     "deep": "--recipe tiny --gradient-steps 3",
-    "long": "--recipe tiny --steps 6000 --batch-size 4 --warmup 100 --eval-every 1000 --save-every 1000",
-    "small": "--recipe small --steps 700 --batch-size 4 --accumulation 1 --warmup 50 --dropout 0",
+    "long": "--recipe tiny --steps 3000 --eval-every 500 --save-every 500",
+    "small": "--recipe small --steps 400 --batch-size 4 --accumulation 1 --warmup 50 --dropout 0 --eval-every 100",
 }
 COMMON = "--halting policy --resume auto --sample-tokens 0"
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03)
