@@ -24,6 +24,8 @@ from torch import Tensor
 import hrm_kernels as ops
 
 from .config import END_OF_TEXT
+from .depth_statistics import rank_correlation
+from .exits import cumulative_mean
 from .incremental import evaluating
 
 # Rows of logits alive at a time: 128 x 50,304 float32 is 26 MB.
@@ -90,11 +92,9 @@ def _unroll(model, ids: Tensor, n_ids: int, max_steps: int, halt_bias: float) ->
     margins = torch.empty(n_tokens, max_steps, dtype=torch.float32, device=device)
     nll = torch.empty(n_tokens - 1, dtype=torch.float32, device=device)
     next_log_probs = torch.empty(n_ids, dtype=torch.float32, device=device)
-    z_H, z_L = core.initial_state(x)
-    for step in range(1, max_steps + 1):
-        z_H, z_L = core.step(x, z_H, z_L, rotary, None)
-        q, halt = core.q_values(_cumulative_mean(z_H[0])[:, None], halt_bias, None)
-        margins[:, step - 1] = q[:, 0] + halt_bias - q[:, 1]
+    for step, z_H in enumerate(core.unroll(x, rotary, None, max_steps), 1):
+        q, halt = core.q_values(cumulative_mean(z_H[0])[:, None], halt_bias, None)
+        margins[:, step - 1] = ops.halt_margin(q, halt_bias)
         if step < max_steps:
             stops = halt & ~halted
         else:  # who has not stopped by now runs into the limit; where there is one step only, no decision counts
@@ -108,14 +108,6 @@ def _unroll(model, ids: Tensor, n_ids: int, max_steps: int, halt_bias: float) ->
             h = model.decode(z_H[:, :end], None if rotary is None else rotary[:end], None)[0]
             _score(model, h, rows, ids, n_ids, nll, next_log_probs)
     return Prefixes(executed, halted, margins, nll, next_log_probs)
-
-
-def _cumulative_mean(z: Tensor) -> Tensor:
-    """[T, C] -> [T, C]: row t is the mean of rows 0..t, which a sum of 512 float32 terms would blur."""
-    wide = z.dtype if z.device.type == "mps" else torch.float64  # mps has no float64
-    counts = torch.arange(1, len(z) + 1, device=z.device, dtype=wide)
-    means = z.to(wide).cumsum(0) / counts[:, None]
-    return means.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _score(model, h: Tensor, rows: Tensor, ids: Tensor, n_ids: int, nll: Tensor, next_log_probs: Tensor) -> None:
@@ -189,10 +181,7 @@ class Reading:
     def rank_correlation(self) -> float | None:
         """Spearman's correlation between a token's surprisal and the steps taken to predict it, -1..1; None where
         one of them is constant or there are fewer than two tokens."""
-        ranks = [_ranks(self.depths()[:-1]), _ranks(self.surprisal())]
-        if len(ranks[0]) < 2 or min(np.ptp(r) for r in ranks) == 0:
-            return None
-        return float(np.corrcoef(*ranks)[0, 1])
+        return rank_correlation(self.depths()[:-1], self.surprisal())
 
     def margin_band(self) -> np.ndarray | None:
         """[3, S] float64: mean, 10th and 90th percentile of the margin after each step, over the predictions; None
@@ -205,10 +194,3 @@ class Reading:
     def _of_predictions(self, name: str) -> list[np.ndarray]:
         *inner, last = (getattr(w.prefixes, name).numpy() for w in self.windows)
         return [*(values[:-1] for values in inner), last]
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return (last - (counts - 1) / 2)[place]

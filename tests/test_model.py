@@ -7,7 +7,11 @@ import itertools
 import pytest
 import torch
 from golden_files import load, relative_error
+from parity import model_tiles
+from small_models import thinker
+from torch import Tensor
 
+import hrm_kernels as ops
 from hrm_model import HRMConfig, HRMForCausalLM
 
 TINY = dict(vocab_size=97, n_embd=16, block_size=12, n_head=4, n_kv_head=2, n_input_layers=1, n_output_layers=1)
@@ -203,31 +207,43 @@ def test_every_parameter_gets_a_gradient_when_the_head_decides(bias, dtype):
     assert zero_gradients(model) == NO_LOSS | (set() if 1 in out.executed_steps else INIT)
 
 
-def test_replayed_gradient_is_the_gradient_of_the_last_step_alone():
-    """Against autograd through the last step of each row, the steps before it detached by hand."""
-    model, ids = build().train(), batch(3)
-    steps = [1, 3, 2]
-    model(ids, ids, force_steps=steps).loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+def gradients(model: HRMForCausalLM) -> dict[str, Tensor]:
+    """Every parameter's gradient, taken away."""
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     model.zero_grad()
+    return found
 
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], relative: float, absolute: float):
+    for name, truth in expected.items():
+        error = (found[name] - truth).norm()
+        assert error <= relative * truth.norm() + absolute, f"{name}: off by {error}"
+
+
+def through_the_last_steps(model: HRMForCausalLM, ids: Tensor, steps: list[int], n: int) -> dict[str, Tensor]:
+    """Autograd through the last n steps of each row, the steps before them detached by hand."""
     rotary, core = model.rotary(ids.shape[1]), model.hrm_core
     losses = []
-    for row, n in enumerate(steps):
+    for row, depth in enumerate(steps):
         x = model.embed(ids[row : row + 1])
         for block in model.input_blocks:
             x = block(x, rotary, None)
         z_H, z_L = core.initial_state(x)
-        for s in range(n):
-            if s == n - 1 and n > 1:
+        for left in range(depth, 0, -1):
+            if left == n and depth > n:
                 z_H, z_L = z_H.detach(), z_L.detach()
-            z_H, z_L = core.step(x if s == n - 1 else x.detach(), z_H, z_L, rotary, None)
+            z_H, z_L = core.step(x if left <= n else x.detach(), z_H, z_L, rotary, None)
         losses.append(model.loss(model.decode(z_H, rotary, None), ids[row : row + 1], None))
     torch.stack(losses).mean().backward()
-    for name, p in model.named_parameters():
-        expected = torch.zeros_like(p) if p.grad is None else p.grad
-        error = (found[name] - expected).norm()
-        assert error <= 1e-4 * expected.norm() + 1e-7, f"{name}: off by {error}"
+    return gradients(model)
+
+
+def test_replayed_gradient_is_the_gradient_of_the_last_step_alone():
+    model, ids = build().train(), batch(3)
+    steps = [1, 3, 2]
+    model(ids, ids, force_steps=steps).loss.backward()
+    found = gradients(model)
+    assert_same_gradients(found, through_the_last_steps(model, ids, steps, 1), 1e-4, 1e-7)
 
 
 def test_halted_rows_have_the_gradient_of_the_same_rows_forced():
@@ -241,6 +257,129 @@ def test_halted_rows_have_the_gradient_of_the_same_rows_forced():
     model(ids, ids, force_steps=out.executed_steps).loss.backward()
     for name, p in model.named_parameters():
         assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-8, name
+
+
+# -- gradients of several steps ----------------------------------------------------------------------------------------
+
+
+def test_one_gradient_step_is_the_default_bit_for_bit():
+    model, ids = thinker(2, torch.float32).train(), batch() % 61
+    for steps in (None, [1, 3, 5, 2]):
+        outs = [model(ids, ids, force_steps=steps, **options) for options in ({}, dict(gradient_steps=1))]
+        assert torch.equal(outs[0].loss, outs[1].loss) and torch.equal(outs[0].row_steps, outs[1].row_steps)
+        found = []
+        for out in outs:
+            out.loss.backward()
+            found.append(gradients(model))
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 9])
+@pytest.mark.parametrize("steps", [[1, 3, 2], [4, 4, 4], [2, 2, 2], [1, 1, 1], [4, 1, 3]])
+def test_gradient_of_several_steps_is_that_of_each_rows_last_ones(steps, n):
+    """Of all steps where a row runs no more than that, the states that it starts from included."""
+    model, ids = build().double().train(), batch(3)
+    out = model(ids, ids, force_steps=steps, gradient_steps=n)
+    out.loss.backward()
+    found, one_less = gradients(model), through_the_last_steps(model, ids, steps, n - 1)
+    assert_same_gradients(found, through_the_last_steps(model, ids, steps, n), 1e-9, 1e-14)
+    if max(steps) >= n:
+        name = "hrm_core.L_level.layers.0.attn.q_proj.weight"
+        assert (found[name] - one_less[name]).norm() > 1e-3 * found[name].norm(), "every step has its share"
+    with torch.no_grad():
+        alone = model(ids, ids, force_steps=steps)
+    assert out.loss.item() == pytest.approx(alone.loss.item(), rel=1e-12)
+    assert out.executed_steps.tolist() == out.steps_taken.tolist() == steps
+    torch.testing.assert_close(out.q_logits, alone.q_logits)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("bias", [0.0, 0.3, 1e9, -1e9])
+def test_rows_that_decide_keep_their_decision_when_several_steps_are_replayed(n, bias):
+    model, ids = thinker(2), batch() % 61
+    lengths = [9, 1, 5, 7]
+    options = dict(lengths=lengths, halt_bias=bias)
+    with torch.no_grad():
+        expected = model(ids, ids, **options)
+    out = model(ids, ids, gradient_steps=n, **options)
+    assert torch.equal(out.executed_steps, expected.executed_steps)
+    assert torch.equal(out.steps_taken, expected.steps_taken)
+    assert abs(bias) > 1 or len(set(out.executed_steps.tolist())) > 2
+    torch.testing.assert_close(out.q_logits, expected.q_logits)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    out.loss.backward()
+    found = gradients(model)
+    model(ids, ids, lengths, force_steps=out.executed_steps, gradient_steps=n).loss.backward()
+    assert_same_gradients(found, gradients(model), 1e-9, 1e-14)
+
+
+def test_rows_that_decide_and_rows_that_do_not_stand_side_by_side():
+    model, ids = thinker(2), batch() % 61
+    depths = model(ids).executed_steps.tolist()
+    forced = [0, 4, 0, 2]
+    out = model(ids, ids, force_steps=forced, gradient_steps=2)
+    steps = [n or decided for n, decided in zip(forced, depths, strict=True)]
+    assert out.executed_steps.tolist() == steps
+    assert (out.executed_steps - out.steps_taken)[[1, 3]].tolist() == [0, 0], "a forced row did not decide"
+    out.loss.backward()
+    assert_same_gradients(gradients(model), through_the_last_steps(model, ids, steps, 2), 1e-9, 1e-14)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+@pytest.mark.parametrize("steps", [[4, 2, 5, 3], [1, 1, 2, 1], None])
+def test_row_steps_count_what_was_computed(steps, n):
+    """Held against the calls of a step that really were made, rows of each."""
+    model, ids = thinker(2), batch() % 61
+    ran, step = [0, 0], model.hrm_core.step
+
+    def counted(x, *rest):
+        ran[torch.is_grad_enabled()] += len(x)
+        return step(x, *rest)
+
+    model.hrm_core.step = counted
+    out = model(ids, ids, force_steps=steps, gradient_steps=n)
+    assert out.row_steps.tolist() == ran
+    assert ran[1] == 4 * min(n, int(out.executed_steps.max()))
+    if steps is not None:
+        assert ran[0] == sum(max(depth - n, 0) for depth in steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [[2, 3, 4, 2], [4, 4, 4, 4], [3, 1, 4, 2], [1, 1, 1, 1], None])
+@pytest.mark.parametrize("n", [2, 3])
+def test_every_parameter_gets_a_gradient_from_several_steps(n, steps, dtype):
+    model, ids = build().train(), batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = model(ids, ids, force_steps=steps, gradient_steps=n)
+        out.loss.backward()
+    reaches_the_start = any(depth <= n for depth in out.executed_steps.tolist())
+    assert zero_gradients(model) == NO_LOSS | (set() if reaches_the_start else INIT)
+
+
+def test_recomputed_activations_change_no_gradient_of_several_steps():
+    model, ids = build().train(), batch()
+    found = []
+    for recompute in (False, True):
+        model.recompute_activations(recompute)
+        model(ids, ids, force_steps=[4, 2, 3, 1], gradient_steps=3).loss.backward()
+        found.append(gradients(model))
+    assert_same_gradients(*found, 1e-6, 1e-9)
+
+
+def test_gradient_of_several_steps_on_kernels_is_the_references():
+    model, ids = thinker(2, torch.float32), batch(3, 4) % 61
+    found = []
+    for backend in ("reference", "triton"):
+        with model_tiles(), ops.use_backend(backend):
+            out = model(ids, ids, [4, 1, 3], force_steps=[3, 0, 1], gradient_steps=2, max_steps=3)
+            out.loss.backward()
+        found.append((out, gradients(model)))
+    assert torch.equal(found[0][0].executed_steps, found[1][0].executed_steps)
+    assert torch.equal(found[0][0].row_steps, found[1][0].row_steps)
+    assert_same_gradients(found[1][1], found[0][1], 1e-4, 1e-7)
+
+
+# -- the published gradient --------------------------------------------------------------------------------------------
 
 
 def test_published_gradient_reaches_only_rows_that_run_all_steps():
@@ -270,6 +409,111 @@ def test_dropout_acts_in_training_only():
     with torch.no_grad():
         assert torch.equal(model(ids).logits, model(ids).logits)
         assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+
+
+# -- the tokens that a decision looks at -------------------------------------------------------------------------------
+
+POOLED = [3, 9, 1, 6]
+
+
+@pytest.fixture(scope="module")
+def decided() -> tuple[HRMForCausalLM, Tensor]:
+    """A model and rows that go to other depths by their first tokens than by all."""
+    model, ids = thinker(2), torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        whole, first = model(ids).executed_steps.tolist(), model(ids, pooled=POOLED).executed_steps.tolist()
+    assert whole != first and whole[1] == first[1] and len(set(first)) > 2
+    return model, ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [0.0, 0.3, -0.3])
+@pytest.mark.parametrize("lengths", [None, [5, 9, 2, 8]], ids=["whole", "lengths"])
+def test_a_row_decides_as_the_row_cut_to_its_first_tokens(decided, lengths, bias):
+    """Its state is that of the whole row at this depth."""
+    model, ids = decided
+    together = model(ids, lengths=lengths, pooled=torch.tensor(POOLED), halt_bias=bias)
+    for row, n in enumerate(POOLED):
+        cut = model(ids[row : row + 1, :n], halt_bias=bias)
+        steps = int(cut.executed_steps)
+        assert together.executed_steps[row] == steps and together.steps_taken[row] == cut.steps_taken
+        torch.testing.assert_close(together.q_logits[row], cut.q_logits[0], rtol=0, atol=1e-10)
+        end = 9 if lengths is None else lengths[row]
+        forced = model(ids[row : row + 1, :end], force_steps=steps)
+        torch.testing.assert_close(together.logits[row, :end], forced.logits[0], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_mean_over_all_of_a_row_is_the_default(decided):
+    model, ids = decided
+    for lengths in (None, [5, 9, 2, 8]):
+        expected = model(ids, lengths=lengths)
+        found = model(ids, lengths=lengths, pooled=lengths or [9] * 4)
+        assert torch.equal(found.executed_steps, expected.executed_steps)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_decision_tells_early_positions_nothing_about_late_tokens(decided):
+    """Over texts that end differently: depth and logits of the first tokens stay as they are; by the whole row's mean
+    some change."""
+    model, ids = decided
+    expected, changed = model(ids, pooled=[6] * 4), []
+    for shift in range(1, 9):
+        other = ids.clone()
+        other[:, 6:] = (ids[:, 6:] + shift) % 61
+        found = model(other, pooled=[6] * 4)
+        assert torch.equal(found.executed_steps, expected.executed_steps)
+        torch.testing.assert_close(found.logits[:, :6], expected.logits[:, :6], rtol=0, atol=1e-9)
+        changed.append(not torch.equal(model(other).executed_steps, model(ids).executed_steps))
+    assert any(changed)
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradient_steps=2), dict(gradient="published")], ids=str)
+def test_training_takes_the_same_decision(decided, options):
+    model, ids = decided
+    with torch.no_grad():
+        expected = model(ids, pooled=POOLED)
+    out = model(ids, ids, pooled=POOLED, **options)
+    assert torch.equal(out.executed_steps, expected.executed_steps)
+    assert torch.equal(out.steps_taken, expected.steps_taken)
+    torch.testing.assert_close(out.q_logits, expected.q_logits)
+    out.loss.backward()
+    found = gradients(model)
+    model(ids, ids, force_steps=expected.executed_steps, **options).loss.backward()
+    forced = gradients(model)
+    if options.get("gradient") != "published":  # there a row that halts by decision at S has no gradient
+        assert_same_gradients(found, forced, 1e-9, 1e-14)
+
+
+@torch.no_grad()
+def test_forced_rows_are_scored_over_their_first_tokens(decided):
+    model, ids = decided
+    steps = [2, 5, 1, 3]
+    found, whole = model(ids, force_steps=steps, pooled=POOLED), model(ids, force_steps=steps)
+    assert torch.equal(found.logits, whole.logits) and found.executed_steps.tolist() == steps
+    for row, (n, depth) in enumerate(zip(POOLED, steps, strict=True)):
+        cut = model(ids[row : row + 1, :n], force_steps=depth).q_logits[0]
+        torch.testing.assert_close(found.q_logits[row], cut, rtol=0, atol=1e-10)
+    assert (found.q_logits - whole.q_logits)[[0, 2, 3]].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_decisions_over_first_tokens_on_kernels_are_the_hosts(training):
+    model, ids = thinker(2, torch.float32), torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
+    ids, pooled, lengths = ids[:, :6], [3, 6, 1, 4], [4, 6, 2, 6]
+    found = []
+    for backend in ("reference", "triton"):
+        with torch.set_grad_enabled(training), model_tiles(), ops.use_backend(backend):
+            found.append(model(ids, lengths=lengths, pooled=pooled, max_steps=3))
+    expected, kernels = found
+    assert torch.equal(kernels.executed_steps, expected.executed_steps)
+    assert torch.equal(kernels.steps_taken, expected.steps_taken)
+    assert len(set(expected.executed_steps.tolist())) > 1
+    assert relative_error(kernels.q_logits, expected.q_logits) <= 1e-5
+    with torch.no_grad():
+        by_all = model(ids, lengths=lengths, max_steps=3)
+    assert not torch.equal(by_all.executed_steps, expected.executed_steps)
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------
@@ -329,6 +573,21 @@ def test_every_configuration_runs_trains_and_keeps_rows_apart(changes):
         (dict(targets=torch.zeros(4, 9)), r"targets must be int64; got torch.float32"),
         (dict(max_steps=0), r"max_steps 0 must be an integer of at least 1"),
         (dict(gradient="all"), r"gradient 'all' is none of replay, published"),
+        (dict(gradient_steps=0), r"gradient_steps 0 must be an integer of at least 1"),
+        (dict(gradient_steps=-2), r"gradient_steps -2 must be an integer of at least 1"),
+        (dict(gradient_steps=1.5), r"gradient_steps 1.5 must be an integer"),
+        (dict(gradient_steps="2"), r"gradient_steps '2' must be an integer"),
+        (dict(gradient_steps=2, gradient="published"), r"gradient_steps 2 must be .* and 1 unless replayed"),
+        (dict(pooled=[9, 0, 3, 4]), r"pooled \[9, 0, 3, 4\] must lie in 1\.\.9"),
+        (dict(pooled=[10, 1, 3, 4]), r"pooled \[10, 1, 3, 4\] must lie in 1\.\.9"),
+        (dict(pooled=[9, 1]), r"pooled must be 4 integers, one per row"),
+        (dict(pooled=torch.ones(4, 1, dtype=torch.int64)), r"pooled must be 4 integers"),
+        (dict(pooled=[1.0, 2.0, 3.0, 4.0]), r"pooled must be 4 integers"),
+        (dict(pooled=[True] * 4), r"pooled must be 4 integers"),
+        (
+            dict(pooled=[3, 3, 3, 4], lengths=[9, 3, 2, 4]),
+            r"pooled \[3, 3, 3, 4\] must not go beyond lengths \[9, 3, 2",
+        ),
     ],
 )
 def test_bad_input_is_named_with_its_limit(arguments, message):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .validation import reported_depths
+
 
 def draw_dashboard(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw loss, validation loss by depth, learning rate, gradient norm, speed and depths over the steps of a run.
+    """Draw loss, validation loss by depth, learning rate and price, gradient norm, speed and depths over a run's steps.
 
     The picture is written beside `path` and renamed, so a viewer never sees half of one.
 
@@ -35,15 +37,15 @@ def draw_dashboard(records: list[dict[str, Any]], path: Path, title: str) -> Non
     loss.set(title="loss", ylabel="nats per token")
     loss.legend()
 
-    for depth in evals[-1]["loss_by_depth"] if evals else ():
-        points = [(r["step"], r["loss_by_depth"][depth]) for r in evals if depth in r["loss_by_depth"]]
-        by_depth.plot(*zip(*points, strict=True), marker="o", label=f"depth {depth}")
-    by_depth.set(title="validation loss at fixed depths", ylabel="nats per token")
-    if evals:
-        by_depth.legend()
-
+    _draw_gains(by_depth, evals)
     _curve(rate, train, "lr")
     rate.set(title="learning rate")
+    if any("price" in r for r in train):
+        price = rate.twinx()
+        _curve(price, train, "price", color="C1")
+        price.set(ylim=(0, None), ylabel="price of a step, nats")
+        price.yaxis.label.set_color("C1")
+        rate.set(title="learning rate (blue) and price of a step (orange)")
     _curve(norm, train, "grad_norm")
     norm.set(title="gradient norm before clipping")
     if any(r.get("grad_norm") for r in train):
@@ -66,6 +68,24 @@ def _curve(axis, records, key: str, **style) -> None:
         axis.plot(*zip(*points, strict=True), **style)
 
 
+def _draw_gains(axis, evals) -> None:
+    """What each depth's validation loss is above or below that of one step: the losses themselves hardly differ."""
+    axis.set(title="validation loss less that of 1 step", ylabel="nats per token; below 0 depth helps")
+    if not evals:
+        return
+    deepest = max(int(d) for d in evals[-1]["loss_by_depth"])
+    shown = {f"depth {d}": lambda r, d=str(d): r["loss_by_depth"][d] for d in reported_depths(deepest) if d > 1}
+    if "shuffled" in evals[-1]:
+        shown["at the decided depths"] = lambda r: r["val_loss"]
+    axis.axhline(0, color="gray", linewidth=0.8)
+    steps = [r["step"] for r in evals]
+    for label, of in shown.items():
+        gains = [of(r) - r["loss_by_depth"]["1"] for r in evals]
+        axis.plot(steps, gains, "k*--" if "decided" in label else "o-", label=label)
+    if shown:
+        axis.legend()
+
+
 def _draw_depths(axis, train) -> None:
     """Histogram of executed steps over time (a column a log line, darker is more rows) and their mean."""
     axis.set(title="executed steps: share of rows, and mean", ylabel="HRM steps")
@@ -83,5 +103,6 @@ def _draw_depths(axis, train) -> None:
         extent=(steps[0], max(steps[-1], steps[0] + 1), 0.5, deepest + 0.5),
     )
     axis.set_yticks(range(1, deepest + 1))
-    axis.plot(steps, [r["mean_steps"] for r in train], color="C3", label="mean")
+    axis.plot(steps, [r["mean_steps"] for r in train], color="C3", label="mean of the rows trained on")
+    _curve(axis, train, "head_steps", color="C2", label="mean that the head decides for explorers")
     axis.legend()

@@ -143,8 +143,8 @@ class HeadTraining:
         return (table.to(wide) * weights[:, None]).sum(0).double()
 
     def finish(self, largest_norm: float) -> HeadStep | None:
-        """Put the gradient of L_q, of norm at most `largest_norm` (0: any), into the head's parameters, steer the price,
-        and begin anew. With torch.distributed every rank has to call this, and all get the same.
+        """Put the gradient of L_q, of norm at most `largest_norm` (0: any), into the head's parameters, steer the
+        price, and begin anew. With torch.distributed every rank has to call this, and all get the same.
 
         Returns:
             None where nobody explored: the head's gradient is then what it was.
@@ -152,7 +152,10 @@ class HeadTraining:
         head, n_steps = self.model.hrm_core.q_head, self.max_steps
         device = head.weight.device
         if self._sums is None:
-            self._gradient = [torch.zeros_like(p) for p in (head.weight, head.bias)]
+            # of the type that ranks with explorers have, as means are never narrower than float32
+            self._gradient = [
+                torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in (head.weight, head.bias)
+            ]
             self._sums = torch.zeros(5 + 3 * n_steps - 1, dtype=torch.float64, device=device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for t in (*self._gradient, self._sums):
