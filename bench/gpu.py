@@ -6,7 +6,8 @@
 
 A  kernels against float64, the loop on all three drivers, the GPU tests; bench/ops.py
 B  bench/train_step.py, bench/hrm_step.py, bench/generate.py
-C  200 steps of the base recipe on the local corpus, with kernels and without: losses and times, one plot
+C  200 steps of the base recipe on the local corpus at random depths (a head's decisions would turn with the last bit),
+   with kernels and without: losses and times, one plot
 D  compute-sanitizer, memcheck and racecheck, on the loop and on each op at small sizes
 
 Each command's result is a line of OUT/gpu.jsonl as soon as it is there, its output is in OUT/gpu.log, and what the
@@ -53,7 +54,7 @@ def parts(out: Path) -> dict[str, list[Command]]:
 
     def train(name: str, *words: str) -> Command:
         run = [python, "train/pretrain.py", "--recipe", "base", "--steps", str(STEPS), "--batch-size", "16"]
-        run += ["--accumulation", "1", "--eval-every", str(STEPS), "--overwrite", "--out", f"runs/gpu-{name}"]
+        run += ["--accumulation", "1", "--halting", "none", "--eval-every", str(STEPS), "--overwrite", "--out", f"runs/gpu-{name}"]
         return Command(f"train {name}", [*run, *words])
 
     def sanitize(tool: str) -> Command:

@@ -5,8 +5,8 @@ core alone, one block a level and one cycle, without input and output blocks: a 
 operation, so a row needs more steps the larger its k is.
 
     permutations  a start among 5 things, then k swaps; after each swap: where is the start now?
-    pointers      layers of 6 nodes with one pointer from each node to the next layer: a start, then for each of k layers
-                  a token that names its pointers, one of 20 sets; after each hop: at which node?
+    pointers      layers of 6 nodes with one pointer from each node to the next layer: a start, then for each of k
+                  layers a token that names its pointers, one of 20 sets; after each hop: at which node?
     delayed       permutations, but only the answer after the last swap counts for the decision: until the depth that it
                   needs, a step gains nothing
 """

@@ -6,7 +6,9 @@
 
 An iteration is what hrm_model/training/loop.py does for an optimizer step, at the recipe's batch size and accumulation,
 but for reading the data: forward and backward of each micro-batch, clipping, AdamW, zeroed gradients. That code belongs
-to a run with files, so it is written once more here; a test holds both to the same bits. The implementations:
+to a run with files, so it is written once more here; a test holds both to the same bits. It is an iteration with
+--halting none --depth random: the published code knows no objective for its halting head, and no explorers that are
+unrolled for it, so with either there would be nothing to compare. The implementations:
 
     published   bench/published.py: the published behaviour, the baseline of every ratio
     eager       our model, every op the reference
@@ -203,7 +205,9 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device,
     try:
         device = choose_device(options.device)
         recipe = options.recipe or ("base" if device.type == "cuda" else "tiny")
-        given = {key: getattr(options, key) for key in ("batch_size", "accumulation") if getattr(options, key)}
+        # what the baseline can do: no objective of the head, depths that are known in advance
+        given: dict[str, Any] = {"halting": "none", "depth": "random"}
+        given |= {key: getattr(options, key) for key in ("batch_size", "accumulation") if getattr(options, key)}
         run = TrainConfig.of_recipe(recipe, **given)
         config = run.model_config(read_json(options.config) if options.config else None)
         run = dataclasses.replace(run, depth=options.depth.replace("full", f"fixed:{config.hrm_max_steps}"))
