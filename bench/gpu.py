@@ -54,7 +54,17 @@ def parts(out: Path) -> dict[str, list[Command]]:
 
     def train(name: str, *words: str) -> Command:
         run = [python, "train/pretrain.py", "--recipe", "base", "--steps", str(STEPS), "--batch-size", "16"]
-        run += ["--accumulation", "1", "--halting", "none", "--eval-every", str(STEPS), "--overwrite", "--out", f"runs/gpu-{name}"]
+        run += [
+            "--accumulation",
+            "1",
+            "--halting",
+            "none",
+            "--eval-every",
+            str(STEPS),
+            "--overwrite",
+            "--out",
+            f"runs/gpu-{name}",
+        ]
         return Command(f"train {name}", [*run, *words])
 
     def sanitize(tool: str) -> Command:

@@ -51,7 +51,7 @@ PRICE = 0.01
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 BIASES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 PUBLISHED_BIAS = 0.35
-FIT_ROWS = TEST_ROWS = 4096
+FIT_ROWS, TEST_ROWS = 3072, 4096
 DRAWS = 500
 """Of a bootstrap."""
 
@@ -281,7 +281,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--steps", type=positive, default=1200, metavar="N", help="optimizer steps of a model; default: 1200")
+    add("--steps", type=positive, default=1000, metavar="N", help="optimizer steps of a model; default: 1000")
     add("--workers", type=positive, default=2, metavar="N", help="processes of one thread each; default: 2")
     add("--save", action="store_true", help="append the records to bench/results/halting_tasks.jsonl")
     add("--plot", type=Path, metavar="FILE", help="draw loss against steps (needs matplotlib)")

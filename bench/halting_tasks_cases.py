@@ -1,6 +1,6 @@
 """Tasks whose needed depth is known, and the small models that learn them.
 
-A row's answer takes k operations one after the other, k of 1..8 drawn anew for each row. The models are made of the
+A row's answer takes k operations one after the other, k of 1..6 drawn anew for each row. The models are made of the
 core alone, one block a level and one cycle, without input and output blocks: a step can hardly do more than one
 operation, so a row needs more steps the larger its k is.
 
@@ -24,7 +24,7 @@ from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.model import IGNORE
 
 S = 8
-MOST_OPERATIONS = 8
+MOST_OPERATIONS = 6
 THINGS = 5
 NODES = 6
 POINTER_SETS = 20

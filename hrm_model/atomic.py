@@ -69,7 +69,7 @@ def atomic_directory(target: str | Path, overwrite: bool = False, needed_bytes: 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, target.name)
-        _check_target(target, overwrite)
+        check_target(target, overwrite)
         temporary.mkdir()
         yield temporary
         _seal(temporary)
@@ -236,7 +236,8 @@ def beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{kind}-{target.name}.{os.getpid()}.{secrets.token_hex(4)}.{_SPACE}")
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises CheckpointError where atomic_directory() would refuse `target` for what is there."""
     if not target.exists():
         return
     if not overwrite:

@@ -57,9 +57,10 @@ def finished(tiny_model, tmp_path_factory) -> tuple[str, dict, Path]:
 
 @pytest.fixture(scope="module")
 def training(small_dataset, small_model, tmp_path_factory) -> Pretraining:
-    """A real run, not begun, of 3 x 2 rows a step."""
+    """A real run, not begun, of 3 x 2 rows a step at random depths, its head without an objective."""
     options = dict(data=[str(small_dataset)], out=str(tmp_path_factory.mktemp("run") / "run"), device="cpu")
     options |= dict(batch_size=2, accumulation=3, steps=10, warmup=4, grad_clip=0.5, dropout=0.1)
+    options |= dict(halting="none", depth="random")  # what the benchmark's iteration is
     return Pretraining(TrainConfig.of_recipe("tiny", **options), read_json(small_model))
 
 
@@ -67,7 +68,7 @@ def test_batches_have_the_depths_of_a_training_run_and_are_the_same_for_all(trai
     steps = make_batches(training.run, 16, training.config, torch.device("cpu"))
     assert len(steps) == 3, "the fewest iterations that see 16 rows"
     drawn = [batch.depths for batches in steps for batch in batches]
-    assert drawn == [training._depths(training.sampler.batch(2 * i, 2)[2]) for i in range(9)]
+    assert drawn == [training._depths(training.sampler.batch(2 * i, 2)[2])[0] for i in range(9)]
     again = make_batches(training.run, 16, training.config, torch.device("cpu"))
     assert torch.equal(steps[1][1].ids_BT, again[1][1].ids_BT)
     assert torch.equal(steps[0][0].ids_BT[:, 1:], steps[0][0].targets_BT[:, :-1])
@@ -79,7 +80,7 @@ def test_an_iteration_is_one_of_the_training_loop_to_the_bit(training):
     for step in range(2):
         drawn = [training.sampler.batch((step * 3 + micro) * 2, 2) for micro in range(3)]
         batches = [
-            MicroBatch(torch.from_numpy(ids), torch.from_numpy(targets), training._depths(samples))
+            MicroBatch(torch.from_numpy(ids), torch.from_numpy(targets), training._depths(samples)[0])
             for ids, targets, samples in drawn
         ]
         torch.manual_seed(step)  # dropout
@@ -89,13 +90,14 @@ def test_an_iteration_is_one_of_the_training_loop_to_the_bit(training):
     found = dict(ours.model.named_parameters())
     for name, p in training.model.named_parameters():
         assert torch.equal(p, found[name]), name
-        assert "q_head" in name or not torch.equal(p, before[name]), f"{name} was not trained"
+        assert torch.equal(p, before[name]) == ("q_head" in name), f"{name}: all are trained but the head"
 
 
 def test_figures_follow_from_times_and_from_the_steps_that_ran(finished):
     _, summary, _ = finished
     timed = summary["implementations"]
     assert list(timed) == ["published", "eager"] and summary["timed"]
+    assert (summary["run"]["halting"], summary["run"]["depth"]) == ("none", "random"), "as the baseline can"
     n_rows, n_tokens = 6, 6 * 16
     for name, steps in (("published", summary["mean_slowest_depth"]), ("eager", summary["mean_depth"])):
         record = timed[name]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.cache import HRMCache, bytes_per_token
+from hrm_model.halting import halt_margin
 from hrm_model.incremental import Extended, extend
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -38,9 +38,12 @@ def taken(model: HRMForCausalLM) -> list[Tensor]:
     return found
 
 
-def step(model: HRMForCausalLM, *batches: tuple, objective: str = "policy", norm: float = 0.0, **options):
+def step(
+    model: HRMForCausalLM, *batches: tuple, objective: str = "policy", norm: float = 0.0, price: float = PRICE,
+    decisions: str = "prefix",
+) -> tuple[HeadStep, list[Tensor]]:  # fmt: skip
     """(HeadStep, gradient) of one step over these (ids, targets, lengths)."""
-    training = HeadTraining(model, objective, Price(PRICE), **options)
+    training = HeadTraining(model, objective, Price(price), decisions)
     for batch in batches:
         training.add(*batch)
     found = training.finish(norm)
@@ -188,6 +191,27 @@ def test_where_nobody_explored_the_gradient_is_what_it_was(batches):
         assert head.weight.grad is kept and (kept is None or kept.eq(3.0).all())
 
 
+@pytest.mark.parametrize("broken", ["ln_f.weight", "hrm_core.H_init"])
+def test_a_loss_that_is_not_finite_is_reported_and_moves_nothing(broken):
+    """Neither the head nor the price, and the next step knows nothing of it."""
+    model, price = thinker(SEED), Price(PRICE, target=1.0)
+    head, weight = model.hrm_core.q_head, model.get_parameter(broken)
+    training = HeadTraining(model, "policy", price)
+    kept, whole = torch.full_like(head.weight, 3.0), weight.detach().clone()
+    head.weight.grad = kept
+    with torch.no_grad():
+        weight[0] = math.nan
+    training.add(*WHOLE)
+    found = training.finish(1.0)
+    assert math.isnan(found.loss) and found.n == 18
+    assert head.weight.grad is kept and kept.eq(3.0).all() and head.bias.grad is None and price.value == PRICE
+    with torch.no_grad():
+        weight.copy_(whole)
+    training.add(*WHOLE)
+    assert_same_step(training.finish(0.0), step(model, WHOLE)[0])
+    assert price.value > PRICE
+
+
 def test_each_step_begins_anew():
     model = thinker(SEED)
     training = HeadTraining(model, "policy", Price(PRICE))
@@ -252,10 +276,11 @@ def test_following_the_gradient_makes_decisions_cost_less():
 # -- what a step reports -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("price", [PRICE, 1.0])
 @pytest.mark.parametrize("decisions", ["prefix", "row"])
-def test_histogram_own_loss_and_agreement_by_hand(decisions):
+def test_histogram_own_loss_and_agreement_by_hand(decisions, price):
     model = thinker(SEED)
-    found, _ = step(model, WHOLE, decisions=decisions)
+    found, _ = step(model, WHOLE, decisions=decisions, price=price)
     losses, means = every_exit(model, decisions)
     with torch.no_grad():
         q = model.hrm_core.q_head(means)
@@ -263,18 +288,18 @@ def test_histogram_own_loss_and_agreement_by_hand(decisions):
     for loss, scores in zip(losses.tolist(), q.tolist(), strict=True):
         margins = [halt - go for halt, go in scores]
         executed = next((s for s in range(1, S) if margins[s - 1] > 0), S)
-        costs = [x + PRICE * s for s, x in enumerate(loss, 1)]
+        costs = [x + price * s for s, x in enumerate(loss, 1)]
         histogram[executed - 1] += 1
         own += loss[executed - 1]
         agree += costs.index(min(costs)) + 1 == executed
-        gains += advantages(torch.tensor([loss]).double(), torch.tensor([margins]) < 0, PRICE)[0]
+        gains += advantages(torch.tensor([loss]).double(), torch.tensor([margins]) < 0, price)[0]
     n = len(losses)
     assert found.histogram == histogram and len([x for x in histogram if x]) > 2 and sum(histogram) == found.n == n
     assert found.own == pytest.approx(own / n, rel=1e-6)
-    assert 0 < agree < n and found.agreement == pytest.approx(agree / n)
+    assert agree < n and found.agreement == pytest.approx(agree / n) and (agree > 0 or decisions == "row")
     assert found.exit_losses == pytest.approx(losses.mean(0).tolist(), rel=1e-6)
     assert found.advantages == pytest.approx((gains / n).tolist(), rel=1e-5)
-    assert found.price == PRICE
+    assert found.price == price
 
 
 def test_two_steps_added_are_the_step_over_both():

@@ -262,8 +262,14 @@ def test_halted_rows_have_the_gradient_of_the_same_rows_forced():
 # -- gradients of several steps ----------------------------------------------------------------------------------------
 
 
+def thinking(dtype: torch.dtype = torch.float64) -> tuple[HRMForCausalLM, Tensor]:
+    """A model and rows that stop after 1, 2 and 5 steps: at other depths if only some of their tokens decide."""
+    return thinker(3, dtype), torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(36))
+
+
 def test_one_gradient_step_is_the_default_bit_for_bit():
-    model, ids = thinker(2, torch.float32).train(), batch() % 61
+    model, ids = thinking(torch.float32)
+    model.train()
     for steps in (None, [1, 3, 5, 2]):
         outs = [model(ids, ids, force_steps=steps, **options) for options in ({}, dict(gradient_steps=1))]
         assert torch.equal(outs[0].loss, outs[1].loss) and torch.equal(outs[0].row_steps, outs[1].row_steps)
@@ -296,7 +302,7 @@ def test_gradient_of_several_steps_is_that_of_each_rows_last_ones(steps, n):
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("bias", [0.0, 0.3, 1e9, -1e9])
 def test_rows_that_decide_keep_their_decision_when_several_steps_are_replayed(n, bias):
-    model, ids = thinker(2), batch() % 61
+    model, ids = thinking()
     lengths = [9, 1, 5, 7]
     options = dict(lengths=lengths, halt_bias=bias)
     with torch.no_grad():
@@ -314,7 +320,7 @@ def test_rows_that_decide_keep_their_decision_when_several_steps_are_replayed(n,
 
 
 def test_rows_that_decide_and_rows_that_do_not_stand_side_by_side():
-    model, ids = thinker(2), batch() % 61
+    model, ids = thinking()
     depths = model(ids).executed_steps.tolist()
     forced = [0, 4, 0, 2]
     out = model(ids, ids, force_steps=forced, gradient_steps=2)
@@ -329,7 +335,7 @@ def test_rows_that_decide_and_rows_that_do_not_stand_side_by_side():
 @pytest.mark.parametrize("steps", [[4, 2, 5, 3], [1, 1, 2, 1], None])
 def test_row_steps_count_what_was_computed(steps, n):
     """Held against the calls of a step that really were made, rows of each."""
-    model, ids = thinker(2), batch() % 61
+    model, ids = thinking()
     ran, step = [0, 0], model.hrm_core.step
 
     def counted(x, *rest):
@@ -366,8 +372,10 @@ def test_recomputed_activations_change_no_gradient_of_several_steps():
     assert_same_gradients(*found, 1e-6, 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # in unread padding
 def test_gradient_of_several_steps_on_kernels_is_the_references():
-    model, ids = thinker(2, torch.float32), batch(3, 4) % 61
+    model, ids = thinking(torch.float32)
+    ids = ids[:3, :4]
     found = []
     for backend in ("reference", "triton"):
         with model_tiles(), ops.use_backend(backend):
@@ -419,7 +427,7 @@ POOLED = [3, 9, 1, 6]
 @pytest.fixture(scope="module")
 def decided() -> tuple[HRMForCausalLM, Tensor]:
     """A model and rows that go to other depths by their first tokens than by all."""
-    model, ids = thinker(2), torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
+    model, ids = thinking()
     with torch.no_grad():
         whole, first = model(ids).executed_steps.tolist(), model(ids, pooled=POOLED).executed_steps.tolist()
     assert whole != first and whole[1] == first[1] and len(set(first)) > 2
@@ -480,10 +488,9 @@ def test_training_takes_the_same_decision(decided, options):
     torch.testing.assert_close(out.q_logits, expected.q_logits)
     out.loss.backward()
     found = gradients(model)
-    model(ids, ids, force_steps=expected.executed_steps, **options).loss.backward()
-    forced = gradients(model)
-    if options.get("gradient") != "published":  # there a row that halts by decision at S has no gradient
-        assert_same_gradients(found, forced, 1e-9, 1e-14)
+    if "gradient" not in options:  # published, a row that decides to halt at S has none, and one forced to S has
+        model(ids, ids, force_steps=expected.executed_steps, **options).loss.backward()
+        assert_same_gradients(found, gradients(model), 1e-9, 1e-14)
 
 
 @torch.no_grad()
@@ -496,11 +503,16 @@ def test_forced_rows_are_scored_over_their_first_tokens(decided):
         cut = model(ids[row : row + 1, :n], force_steps=depth).q_logits[0]
         torch.testing.assert_close(found.q_logits[row], cut, rtol=0, atol=1e-10)
     assert (found.q_logits - whole.q_logits)[[0, 2, 3]].abs().min() > 1e-6
+    for n in (1, 2):
+        with torch.enable_grad():
+            trained = model(ids, ids, force_steps=steps, pooled=POOLED, gradient_steps=n)
+        torch.testing.assert_close(trained.q_logits, found.q_logits)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # in unread padding
 @pytest.mark.parametrize("training", [False, True])
 def test_decisions_over_first_tokens_on_kernels_are_the_hosts(training):
-    model, ids = thinker(2, torch.float32), torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(5))
+    model, ids = thinking(torch.float32)
     ids, pooled, lengths = ids[:, :6], [3, 6, 1, 4], [4, 6, 2, 6]
     found = []
     for backend in ("reference", "triton"):

@@ -639,7 +639,7 @@ def test_model_with_kernels_gives_the_published_numbers(golden):
     """float32: as the published code, and so as the reference: step counts and logits."""
     model, ids = golden.model().to(DEVICE), golden.numbers["input_ids"][SOME].to(DEVICE)
     out = with_kernels(model, ids)
-    margin = halt_margin(out.q_logits, golden.config.halt_bias).abs()
+    margin = ops.halt_margin(out.q_logits, golden.config.halt_bias).abs()
     assert margin.min() > 1e-4, "no golden row is so near the threshold that its steps may differ"
     assert out.steps_taken.tolist() == golden.numbers["steps_taken"][SOME].tolist()
     assert relative_error(out.logits.cpu(), golden.numbers["logits"][SOME]) <= 1e-5
@@ -687,7 +687,7 @@ def test_model_in_bfloat16_with_kernels(golden):
     real = torch.arange(ids.shape[1], device=DEVICE) < lengths[:, None]
     model = golden.model().to(DEVICE, torch.bfloat16)
     reference, fused = (f(model, ids, lengths=lengths) for f in (without_kernels, with_kernels))
-    near = halt_margin(reference.q_logits, golden.config.halt_bias).abs() <= 5e-2
+    near = ops.halt_margin(reference.q_logits, golden.config.halt_bias).abs() <= 5e-2
     assert not near.all(), "some rows must be far from the threshold"
     assert torch.equal(fused.executed_steps[~near], reference.executed_steps[~near])
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,51 +14,15 @@ import numpy as np
 import pytest
 import torch
 from parity import COMPILING
-from safetensors.torch import load_file
+from pretrain_helpers import assert_same_bits, checkpoint_of, decided, records, short_run, start, start_from, weights
 
-from hrm_model import HRMConfig, HRMForCausalLM, load_model, save_model
-from hrm_model.checkpoint import verify_checkpoint
+from hrm_model import load_model
 from train.pretrain import build, main, parse
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "train" / "pretrain.py"
 
 
 @pytest.fixture
 def flags(small_dataset, small_model, tmp_path) -> list[str]:
-    """A run of 8 steps with dropout, accumulation and random depths."""
-    run = f"--recipe tiny --config {small_model} --data {small_dataset} --out {tmp_path / 'run'} --steps 8"
-    run += " --batch-size 4 --accumulation 2 --lr 0.01 --min-lr 0.001 --warmup 2 --dropout 0.1 --device cpu"
-    return (run + " --log-every 1 --eval-every 4 --eval-windows 4 --save-every 2 --sample-tokens 4").split()
-
-
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = run / "checkpoints" / f"step-{step:08d}"
-    verify_checkpoint(checkpoint)
-    model, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
-    # clones: what load_file returns is mapped from the file, and some tests damage that
-    return {k: v.clone() for k, v in [*model.items(), *((f"optimizer/{k}", v) for k, v in optimizer.items())]}
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [key for key in a if not torch.equal(a[key], b[key])]
-    assert not different, f"not bitwise equal: {different[:5]}"
-
-
-def records(run: Path, kind: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
-
-
-def start(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+    return short_run(small_dataset, small_model, tmp_path / "run")
 
 
 def run_stopped_during(step: int, number: int, flags: list[str]) -> int:
@@ -88,8 +51,8 @@ def test_a_run_learns_and_leaves_metrics_picture_checkpoints_and_its_origin(flag
     assert [r["step"] for r in evals] == [20, 40]
     assert np.mean([r["loss"] for r in train[-5:]]) < train[0]["loss"] - 2
     assert evals[-1]["val_loss"] < evals[0]["val_loss"] and evals[-1]["bits_per_byte"] > 0
-    assert set(evals[-1]["loss_by_depth"]) == {"1", "3"}
-    assert evals[-1]["val_loss"] == evals[-1]["loss_by_depth"]["3"], "random depths are evaluated at full depth"
+    assert set(evals[-1]["loss_by_depth"]) == {"1", "2", "3"}
+    assert sum(evals[-1]["depths"].values()) == 4 * 16, "a depth for every prefix"
     assert set(train[0]["depths"]) <= {"1", "2", "3"} and sum(train[0]["depths"].values()) == 8
 
     assert (out / "dashboard.png").read_bytes().startswith(b"\x89PNG")
@@ -102,6 +65,13 @@ def test_a_run_learns_and_leaves_metrics_picture_checkpoints_and_its_origin(flag
     printed = capsys.readouterr().out
     for expected in ("parameters", "unigram", "bigram", "bits/byte", "tok/s", "left", "sample:", "done: val loss"):
         assert expected in printed
+    for expected in (
+        "depth random for 13 steps, then head, halting policy at 0.02 nats a step, steered to 1.5 steps",
+        "(at the depth each prefix decides; unigram",
+        "executed steps: mean ",
+        "rivals: fixed depths at equal steps ",
+    ):
+        assert expected in printed
     assert "MFU" not in printed, "a CPU's peak is not known"
 
 
@@ -113,12 +83,14 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(flags, tmp_path):
     a, b = (weights(tmp_path / name, 8) for name in ways)
     for key in ("wte.weight", "hrm_core.L_level.layers.0.mlp.up.weight"):
         assert torch.allclose(a[key], b[key], atol=2e-5), key
+    for key in ("hrm_core.q_head.weight", "hrm_core.q_head.bias"):
+        assert torch.allclose(a[key], b[key], rtol=0, atol=1e-5), key
 
 
 def test_depth_of_a_row_depends_on_its_sample_number_only(flags, tmp_path):
     for name, batch, accumulation in (("a", "8", "1"), ("b", "2", "4")):
         run = ["--out", str(tmp_path / name), "--batch-size", batch, "--accumulation", accumulation]
-        assert main([*flags, *run]) == 0
+        assert main([*flags, *run, "--halting", "none"]) == 0
     a, b = ([r["depths"] for r in records(tmp_path / name, "train")] for name in ("a", "b"))
     assert a == b and len({json.dumps(d) for d in a}) > 1
 
@@ -132,15 +104,13 @@ def test_a_fixed_depth_is_every_rows_depth(flags, tmp_path):
 
 @pytest.mark.parametrize(("q", "depth"), [((5.0, -5.0), "1"), ((-5.0, 5.0), "3")])
 def test_the_head_can_set_the_depth_in_training_and_evaluation(flags, small_model, tmp_path, q, depth):
-    model = HRMForCausalLM(HRMConfig.from_dict(json.loads(small_model.read_text())))
-    with torch.no_grad():
-        model.hrm_core.q_head.weight.zero_()
-        model.hrm_core.q_head.bias.copy_(torch.tensor(q))
-    save_model(model, tmp_path / "decided")
-    del flags[flags.index("--config") : flags.index("--config") + 2]
-    assert main([*flags, "--init-from", str(tmp_path / "decided"), "--depth", "head"]) == 0
+    """A head that was trained before, and is left as it is now."""
+    start_from(decided(small_model, q, tmp_path / "decided", halting="policy"), flags)
+    assert main([*flags, "--halting", "none", "--depth", "head"]) == 0
     for kind in ("train", "eval"):
-        assert all(set(r["depths"]) == {depth} for r in records(tmp_path / "run", kind))
+        assert all({d for d, n in r["depths"].items() if n} == {depth} for r in records(tmp_path / "run", kind))
+    last = records(tmp_path / "run", "eval")[-1]
+    assert last["val_loss"] == last["loss_by_depth"][depth]
 
 
 def test_published_gradient_is_the_replayed_one_where_all_rows_run_all_steps(flags, tmp_path):
@@ -154,8 +124,8 @@ def test_published_gradient_is_the_replayed_one_where_all_rows_run_all_steps(fla
 
 def test_init_from_starts_a_new_run_from_weights(flags, tmp_path):
     assert main(flags) == 0
-    del flags[flags.index("--config") : flags.index("--config") + 2]
-    second = [*flags, "--out", str(tmp_path / "second"), "--init-from", str(tmp_path / "run"), "--lr", "0", "--min-lr"]
+    start_from(tmp_path / "run", flags)
+    second = [*flags, "--out", str(tmp_path / "second"), "--lr", "0", "--min-lr"]
     assert main([*second, "0"]) == 0
     assert torch.equal(weights(tmp_path / "second", 8)["wte.weight"], weights(tmp_path / "run", 8)["wte.weight"])
 
@@ -175,11 +145,14 @@ def test_fused_on_a_machine_without_a_gpu_says_so_and_trains(flags):
 def test_fused_training_follows_the_same_curve(flags, tmp_path):
     """The whole script with every op a kernel (through the interpreter on a CPU) and with none."""
     flags[flags.index("--dropout") + 1] = "0"
-    flags += "--steps 3 --batch-size 2 --eval-every 3 --eval-windows 1 --sample-tokens 1".split()
+    flags += "--steps 3 --batch-size 2 --accumulation 1 --eval-every 3 --eval-windows 1 --sample-tokens 1".split()
     for name, fused in (("with", ["--fused=require"]), ("without", [])):
         assert main([*flags, *fused, "--out", str(tmp_path / name)]) == 0
     with_kernels, without = ([r["loss"] for r in records(tmp_path / n, "train")] for n in ("with", "without"))
     assert len(without) == 3 and np.allclose(with_kernels, without, rtol=0, atol=1e-3)
+    with_kernels, without = ([r.get("head_loss") for r in records(tmp_path / n, "train")] for n in ("with", "without"))
+    explored = [i for i, loss in enumerate(without) if loss is not None]
+    assert explored and np.allclose([with_kernels[i] for i in explored], [without[i] for i in explored], atol=1e-3)
     a, b = weights(tmp_path / "with", 3), weights(tmp_path / "without", 3)
     assert any(not torch.equal(a[k], b[k]) for k in a), "equal to the last bit would mean that no kernel ran"
 
@@ -251,9 +224,11 @@ def test_a_stopped_run_saves_and_resumes_to_the_same_bits(flags, tmp_path):
     assert main([*flags, "--resume", "auto"]) == 0
     assert_same_bits(weights(tmp_path / "run", 8), weights(whole, 8))
     assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 9))
-    same = ("step", "loss", "grad_norm", "depths")
+    same = ("step", "loss", "grad_norm", "depths", "price", "head_loss", "head_depths", "exit_losses")
     found, expected = ([[r[key] for key in same] for r in records(run, "train")] for run in (tmp_path / "run", whole))
     assert found == expected
+    ended = [json.loads((checkpoint_of(run, 8) / "state.json").read_text()) for run in (tmp_path / "run", whole)]
+    assert ended[0]["price"] == ended[1]["price"] != 0.02, "the price goes on from where it was steered to"
 
 
 def kill_and_resume(flags: list[str], tmp_path: Path, kills: int, seed: int) -> None:
@@ -330,8 +305,7 @@ def test_a_checkpoint_has_the_validation_loss_of_its_own_weights_only(flags, tmp
 
 def test_a_resumed_run_keeps_its_origin_and_needs_not_what_it_began_from(flags, tmp_path):
     assert main([*flags, "--out", str(tmp_path / "source")]) == 0
-    del flags[flags.index("--config") : flags.index("--config") + 2]
-    flags += ["--init-from", str(tmp_path / "source")]
+    start_from(tmp_path / "source", flags)
     assert run_stopped_during(4, signal.SIGTERM, flags) == 75
     origin = json.loads((tmp_path / "run" / "run.json").read_text())
     shutil.rmtree(tmp_path / "source")
@@ -434,7 +408,7 @@ def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(f
     [
         (["--steps", "0", "--batch-size", "0"], r"--steps 0 is below its minimum 1\n  --batch-size 0"),
         (["--min-lr", "0.5"], "--min-lr 0.5 is above --lr 0.01"),
-        (["--depth", "fixed:0"], "--depth 'fixed:0' is none of random, head, fixed:N"),
+        (["--depth", "fixed:0"], "--depth 'fixed:0' is none of auto, random, head, fixed:N"),
         (["--depth", "fixed:9"], "--depth fixed:9 is over hrm_max_steps 3"),
         (["--recipe", "huge"], "--recipe 'huge' is none of tiny, small, base"),
         (["--dtype", "int4"], "--dtype 'int4' is none of auto, float32, bfloat16"),
@@ -448,6 +422,22 @@ def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(f
         (["--device", "meta"], "'meta' is not to be had here"),
         (["--track", "paper"], "--track 'paper' is none of tensorboard, wandb"),
         (["--dropout", "1"], "--dropout 1.0 is outside"),
+        (["--halting", "magic"], "--halting 'magic' is none of policy, gain, expected, q, none, published"),
+        (["--decisions", "all"], "--decisions 'all' is none of prefix, row"),
+        (["--step-price", "-0.1"], "--step-price -0.1 is not a finite number of at least 0"),
+        (["--step-price", "nan"], "--step-price nan is not a finite number"),
+        (["--step-price", "inf"], "--step-price inf is not a finite number"),
+        (["--step-price", "0"], "--target-steps steers the price by factors, which --step-price 0 leaves at 0"),
+        (["--target-steps", "0.5"], "--target-steps 0.5 is not a number of at least 1"),
+        (["--target-steps", "-2"], "--target-steps -2.0 is not a number of at least 1"),
+        (["--target-steps", "nan"], "--target-steps nan is not a number of at least 1"),
+        (["--target-steps", "3.5"], "--target-steps 3.5 is over hrm_max_steps 3 of the model"),
+        (["--explore", "0"], "--explore 0 leaves --halting policy nothing to learn from"),
+        (["--explore", "1.5"], r"--explore 1.5 is outside 0\.\.1"),
+        (["--depth-warmup", "2"], r"--depth-warmup 2.0 is outside 0\.\.1"),
+        (["--gradient-steps", "4"], "--gradient-steps 4 is over hrm_max_steps 3 of the model"),
+        (["--gradient-steps", "0"], "--gradient-steps 0 is below its minimum 1"),
+        (["--gradient-steps", "2", "--gradient", "published"], "--gradient-steps 2 is for --gradient replay"),
     ],
 )
 def test_bad_options_are_named_and_nothing_is_made(flags, tmp_path, capsys, extra, message):
@@ -457,6 +447,7 @@ def test_bad_options_are_named_and_nothing_is_made(flags, tmp_path, capsys, extr
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.startswith("error: ") and not (tmp_path / "run").exists()
+    assert len(error.splitlines()) <= 3, "a line for each fault"
 
 
 def test_a_model_whose_vocabulary_is_too_small_for_the_data_is_refused(flags, small_model, tmp_path, capsys):

@@ -57,15 +57,21 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     assert all(learning_rate(s, run) >= learning_rate(s + 1, run) for s in range(10, 110))
 
 
-def test_clipping_counts_exactly_this_steps_gradients():
+def test_clipping_counts_exactly_this_steps_gradients_and_leaves_the_heads_to_its_own_limit():
     model = HRMForCausalLM(HRMConfig(**SHAPE))
     ids = torch.randint(0, 64, (2, 8))
     model(ids, ids, force_steps=1).loss.backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    head = list(model.hrm_core.q_head.parameters())
+    others = [p for p in model.parameters() if all(p is not q for q in head)]
+    assert len(others) == len(list(model.parameters())) - 2
+    for p in head:
+        p.grad.fill_(7.0)
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in others))
     assert clip_gradients(model, 0.01).item() == pytest.approx(norm, rel=1e-5)
-    clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in others))
     assert clipped == pytest.approx(0.01, rel=1e-3)
     assert clip_gradients(model, 0).item() == pytest.approx(0.01, rel=1e-3)
+    assert all((p.grad == 7.0).all() for p in head)
 
 
 @pytest.mark.parametrize("swiglu", [True, False])

@@ -55,16 +55,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Fit, report and write; returns what the last line holds.
 
     Raises:
-        ValueError, OSError: something about the options, the data or the checkpoint is wrong, or its exits are unusable.
+        ValueError, OSError: the options, the data or the checkpoint are wrong, or its exits are unusable.
     """
+    from hrm_kernels import BackendError
     from hrm_model.training.fitting import HeadFitting
 
-    if not options.data:
-        from hrm_model.training.prepare import ensure_default_dataset
-
-        ensure_default_dataset(DEFAULT_DATA)
-        options.data = [DEFAULT_DATA]
-    return HeadFitting(options)()
+    try:
+        return HeadFitting(options, DEFAULT_DATA)()
+    except BackendError as error:  # of HRM_KERNELS: as wrong as a flag
+        raise ValueError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:

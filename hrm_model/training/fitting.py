@@ -1,10 +1,9 @@
-"""Fitting the halting head to a checkpoint, start to finish: what its exits are worth, the fit, the verdict, the model."""
+"""Fitting the halting head to a checkpoint, start to finish: what exits are worth, the fit, the verdict, the model."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import check_target
 from ..checkpoint import CheckpointError, load_model, save_model
 from ..config import HRMConfig
 from ..depth_statistics import Costs
@@ -21,11 +21,17 @@ from ..exits import DECISIONS
 from ..halting import OBJECTIVES, Price, price_faults, target_fault
 from ..model import HRMForCausalLM
 from .device import autocast, choose_device, choose_dtype, choose_kernels
-from .head_fit import MEANS_BYTES, PRICE_RATE, collect, fit
+from .head_fit import MEANS_BYTES, PRICE_RATE, Fit, collect, fit
 from .ngram import ngram_losses
+from .prepare import ensure_default_dataset
 from .sampler import Sampler, validation_windows
 from .shards import open_dataset
 from .validation import Reading, read_windows
+
+NEAR_TARGET = 0.25
+"""Steps that a mean may be off its target without a word."""
+FREE = 1e-3
+"""Nats: a step at less costs next to nothing, 1/10 of the usual price."""
 
 
 class UnusableExits(ValueError):
@@ -37,25 +43,29 @@ class HeadFitting:
 
     Args:
         options: train/halting.py's.
+        default_data: the dataset where none is named; it is made if it is not there.
 
     Raises:
         ValueError, OSError: the message names the option, what was found and the remedy.
     """
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, default_data: str):
         self.options = options
         faults = list(_faults(options))
         if faults:
             raise ValueError("impossible options:\n  " + "\n  ".join(faults))
-        self.out = Path(options.out or f"{Path(options.checkpoint).with_suffix('')}-halting")
+        self.out = Path(options.out) if options.out else _default_out(Path(options.checkpoint))
         if self.out.exists() and not options.overwrite:
             raise CheckpointError(f"{self.out} already exists; choose another --out or pass --overwrite")
+        check_target(self.out, options.overwrite)  # now, not when the work is done
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.device)
         choose_kernels(options.fused, self.device)
         self.model, self.config = load_model(options.checkpoint, self.device)
         self._check_model()
-        datasets = [open_dataset(path) for path in options.data]
+        if not options.data:
+            ensure_default_dataset(default_data)
+        datasets = [open_dataset(path) for path in options.data or [default_data]]
         size, vocab = self.config.block_size, self.config.vocab_size
         self.sampler = Sampler(datasets, size, options.seed, vocab_size=vocab)
         self.inputs, self.targets = validation_windows(datasets, size, options.eval_windows, vocab)
@@ -64,7 +74,10 @@ class HeadFitting:
     def _check_model(self) -> None:
         steps = self.config.hrm_max_steps
         if steps < 2:
-            raise ValueError(f"{self.options.checkpoint} has hrm_max_steps {steps}: with one step nothing is decided")
+            raise ValueError(
+                f"{self.options.checkpoint} has hrm_max_steps {steps}: with one step there is nothing to decide; "
+                "fit a model that has at least 2"
+            )
         if fault := target_fault(self.options.target_steps, steps):
             raise ValueError(fault)
 
@@ -79,8 +92,8 @@ class HeadFitting:
         usable = self._report_exits(reading)
         if len(usable) < 2 and not options.force:
             raise UnusableExits(
-                f"{len(usable)} of {reading.max_steps} exits of {options.checkpoint} say more than token frequencies do, so "
-                "there is nothing to choose between. Train on at random depths first (python train/pretrain.py "
+                f"{len(usable)} of {reading.max_steps} exits of {options.checkpoint} say more than token frequencies "
+                "do, so there is nothing to choose between. Train on at random depths first (python train/pretrain.py "
                 f"--init-from {options.checkpoint} --depth random --halting none), give text it was trained for "
                 "with --data, or fit all the same with --force"
             )
@@ -90,6 +103,8 @@ class HeadFitting:
             f"fitting {options.halting} to {len(decisions.losses):,} decisions of {options.windows} windows", flush=True
         )
         found = fit(decisions, options.halting, price, options.iterations, _progress(options.iterations))
+        if options.target_steps is not None:
+            self._report_target(found)
         model = with_head(self.model, found.weight, found.bias, options.halting)
         result = self._report_depths(model, found.price, usable)
         save_model(model, self.out, overwrite=options.overwrite)
@@ -127,16 +142,31 @@ class HeadFitting:
         print(f"best fixed depth {best}; usable exits (below unigram): {', '.join(map(str, usable)) or 'none'}")
         if worth <= 0:
             print(
-                "depth does not pay on average: no depth is better than 1. Only texts that differ from the mean could gain"
+                "depth does not pay on average: no depth is better than 1. "
+                "Only texts that differ from the mean could gain"
             )
+        elif self.options.target_steps is not None:
+            print(f"depth can pay: a step gains up to {worth:.4f} nats on average; its price is yet to be found")
         elif worth < price:
             print(
-                f"a step gains at most {worth:.4f} nats on average, less than its price {price:g}: only what differs from "
-                f"the mean can pay; --step-price {worth / 2:.2g} or less pays for depth everywhere"
+                f"a step gains at most {worth:.4f} nats on average, less than its price {price:g}: only texts that "
+                f"differ from the mean can pay for depth; at --step-price {worth / 2:.2g} it pays on average"
             )
         else:
             print(f"depth can pay: a step gains up to {worth:.4f} nats on average, its price is {price:g}")
         return usable
+
+    def _report_target(self, found: Fit) -> None:
+        """Print what became of --target-steps on the text that the price was steered on."""
+        target = self.options.target_steps
+        print(f"target {target:g} steps: mean {found.mean_steps:.2f} on the text fitted to, at price {found.price:.4g}")
+        if abs(found.mean_steps - target) > NEAR_TARGET:
+            remedy = (
+                "a price near 0 leads to no more, as further steps gain nothing there; give a lower --target-steps"
+                if found.mean_steps < target and found.price < FREE
+                else f"start at --step-price {found.price:.2g}, or give more --iterations"
+            )
+            print(f"the target was not reached: {remedy}")
 
     def _report_depths(self, model: HRMForCausalLM, price: float, usable: list[int]) -> dict[str, Any]:
         """Print what the fitted head decides on validation text and what that is worth; returns the numbers."""
@@ -175,6 +205,7 @@ class HeadFitting:
             "out": str(self.out),
             "objective": self.options.halting,
             "price": price,
+            "target_steps": self.options.target_steps,
             "usable_exits": usable,
             "loss_by_depth": reading.by_depth().tolist(),
             "mean_steps": depths.mean,
@@ -188,8 +219,14 @@ class HeadFitting:
         }
 
 
+def _default_out(checkpoint: Path) -> Path:
+    """Beside the checkpoint: runs/tiny-halting of runs/tiny, best-halting of best.pt."""
+    path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
+    return path.with_name((path.name if path.is_dir() else path.stem) + "-halting")
+
+
 def with_head(model: HRMForCausalLM, weight: Tensor, bias: Tensor, objective: str) -> HRMForCausalLM:
-    """A copy of `model` with another halting head, weight [2, C] and bias [2]; halt_bias 0, every other tensor as it was."""
+    """A copy of `model` with another halting head, weight [2, C] and bias [2], and halt_bias 0; all else as it was."""
     config: HRMConfig = dataclasses.replace(model.config, halting=objective, halt_bias=0.0)
     with torch.random.fork_rng(devices=[]):
         copy = HRMForCausalLM(config)
@@ -233,7 +270,4 @@ def _faults(options: argparse.Namespace):
             yield f"--{name.replace('_', '-')} {getattr(options, name)} is below its minimum {least}"
     if not 0 <= options.seed < 2**63:
         yield f"--seed {options.seed} is outside 0..2^63 - 1"
-    if options.target_steps is not None and math.isnan(options.target_steps):
-        yield "--target-steps is nan; give a number of steps"
-    else:
-        yield from price_faults(options.step_price, options.target_steps)
+    yield from price_faults(options.step_price, options.target_steps)

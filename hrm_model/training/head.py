@@ -6,6 +6,7 @@ divided once by the normaliser of all of it: one quotient for the whole batch, h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -147,7 +148,8 @@ class HeadTraining:
         price, and begin anew. With torch.distributed every rank has to call this, and all get the same.
 
         Returns:
-            None where nobody explored: the head's gradient is then what it was.
+            None where nobody explored: the head's gradient is then what it was. So it is, and the price, where the
+            loss is not finite.
         """
         head, n_steps = self.model.hrm_core.q_head, self.max_steps
         device = head.weight.device
@@ -166,15 +168,18 @@ class HeadTraining:
         if n == 0:
             return None
         exit_losses, gains, histogram = others[:n_steps], others[n_steps : 2 * n_steps - 1], others[2 * n_steps - 1 :]
-        if normaliser > 0:
+        loss = total / normaliser if normaliser else 0.0
+        finite = math.isfinite(loss)
+        if normaliser > 0 and finite:
             gradient = [g / normaliser for g in gradient]
             norm = torch.stack([g.norm() for g in gradient]).norm()
             scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0) if largest_norm > 0 else 1.0
             for p, g in zip((head.weight, head.bias), gradient, strict=True):
                 p.grad = (g * scale).to(p.dtype)
         step = HeadStep(
-            round(n), total / normaliser if normaliser else 0.0, normaliser, self.price.value,
+            round(n), loss, normaliser, self.price.value,
             [x / n for x in exit_losses], [x / n for x in gains], [round(x) for x in histogram], own / n, agreement / n,
         )  # fmt: skip
-        self.price.steer(step.depths().mean)
+        if finite:
+            self.price.steer(step.depths().mean)
         return step

@@ -52,8 +52,8 @@ def collect(
     most: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> Decisions:
-    """The decisions of batches of (ids [B, T], targets [B, T]), at most `most` from each row, evenly spread over it; to the
-    CPU's memory."""
+    """The decisions of batches of (ids [B, T], targets [B, T]), at most `most` from each row, evenly spread over it; to
+    the CPU's memory."""
     means, losses = [], []
     for ids, targets in batches:
         with autocast():
@@ -77,6 +77,8 @@ class Fit:
     """[2] float32"""
     price: float
     """lambda, nats; steered where there was a target."""
+    mean_steps: float
+    """Over all the decisions."""
 
 
 def fit(
@@ -89,13 +91,17 @@ def fit(
     """Minimise the objective over all decisions at once, by Adam, in coordinates of unit variance.
 
     A quarter of the decisions, the last, is held out: the head that costs least there (l + lambda s at its own
-    decisions) is returned, so that a head of 2 C + 2 numbers cannot learn its text by heart. With a target mean depth it
-    is the last one, as costs at different prices do not compare.
+    decisions) is returned, so that a head of 2 C + 2 numbers cannot learn its text by heart. With a target mean depth
+    it is the last one, as costs at different prices do not compare.
 
     Args:
         price: steered in place where it has a target.
         progress: called with the iteration's number and its L_q.
+    Raises:
+        ValueError: what the decisions hold is not finite.
     """
+    if not all(t.isfinite().all() for t in (decisions.means, decisions.losses)):
+        raise ValueError("some exits have a loss or a state that is not finite; nothing can be fitted to such a model")
     learn, held_out = decisions.split(0.25)
     centre, scale = learn.means.mean((0, 1)), learn.means.std((0, 1)).clamp_min(1e-6)
     x, x_held = (learn.means - centre) / scale, (held_out.means - centre) / scale
@@ -122,4 +128,7 @@ def fit(
         if price.target is not None or cost < least:
             least, best = cost, {name: t.clone() for name, t in head.state_dict().items()}
     weight = best["weight"] / scale
-    return Fit(weight, best["bias"] - weight @ centre, price.value)
+    bias = best["bias"] - weight @ centre
+    with torch.no_grad():
+        executed = executed_steps(halt_margin(nn.functional.linear(decisions.means, weight, bias)))
+    return Fit(weight, bias, price.value, float(executed.double().mean()))

@@ -20,8 +20,8 @@ import torch
 from ..atomic import read_json
 from ..checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, load_model, save_checkpoint
 from ..config import HRMConfig
-from ..generate import generate
 from ..depth_statistics import Costs
+from ..generate import generate
 from ..halting import Exploration, Price
 from ..model import HRMForCausalLM
 from ..tokenizer import get_tokenizer
@@ -213,6 +213,7 @@ class Pretraining:
         per_micro = torch.stack([*losses, norm]).tolist()  # the host waits for the device only here, and for the head
         self._require_finite(per_micro[:-1], per_micro[-1], numbers)
         head = self.head.finish(run.grad_clip) if self.head else None
+        self._require_finite_head(head, numbers)
         depths = Counter(torch.cat(executed).tolist())
         ran = torch.stack(row_steps).sum(0).tolist()
         n_tokens = inputs.shape[1]
@@ -233,8 +234,8 @@ class Pretraining:
         return int(rows.sum())
 
     def _depths(self, samples: np.ndarray) -> tuple[list[int] | None, list[int] | None]:
-        """(steps of each row, None or 0 where the head decides; the prefix that decides for it, None for all of it), pure
-        functions of (seed, sample number)."""
+        """(steps of each row, None or 0 where the head decides; the prefix that decides for it, None for all of it),
+        pure functions of (seed, sample number)."""
         run = self.run
         if run.driver == "fixed":
             return [run.fixed_depth] * len(samples), None
@@ -253,6 +254,13 @@ class Pretraining:
         raise NotFiniteError(
             f"step {self.step + 1}: {what} is not finite, in samples {samples}; no parameter was changed"
         )
+
+    def _require_finite_head(self, head: HeadStep | None, numbers: list[np.ndarray]) -> None:
+        if head is not None and not np.isfinite(head.loss):
+            raise NotFiniteError(
+                f"step {self.step + 1}: the halting head's loss is not finite, with explorers among samples "
+                f"{numbers[0][0]}..{numbers[-1][-1]}; no parameter was changed"
+            )
 
     # -- the whole run -------------------------------------------------------------------------------------------
 
@@ -363,9 +371,9 @@ class Pretraining:
 
     def _own_depth(self) -> int | None:
         """Steps at which the model is evaluated and samples: None is what its head decides."""
-        if self.config.head_is_trained and self.run.driver == "head":
-            return None
-        return self.run.fixed_depth or self.config.hrm_max_steps
+        run = self.run
+        decides = run.trains_head or (run.driver == "head" and self.config.head_is_trained)
+        return None if decides and not run.fixed_depth else run.fixed_depth or self.config.hrm_max_steps
 
     def _evaluate(self, stop: Interrupt) -> None:
         run, val = self.run, self.validation
@@ -418,8 +426,8 @@ class Pretraining:
             histogram = " ".join(f"{s}:{n}" for s, n in record["depths"].items() if n)
             lines += [
                 f"executed steps: {depths}; {histogram}",
-                f"rivals: fixed depths at equal steps {record['fixed_at_equal_steps']:.4f}, at equal block applications "
-                f"{record['fixed_at_equal_blocks']:.4f}, the same steps shuffled {record['shuffled']:.4f}",
+                f"rivals: fixed depths at equal steps {record['fixed_at_equal_steps']:.4f}, at equal block "
+                f"applications {record['fixed_at_equal_blocks']:.4f}, the same steps shuffled {record['shuffled']:.4f}",
             ]
         print("\n".join("  " + line for line in lines), flush=True)
 

@@ -36,7 +36,7 @@ def learning_rate(step: int, run: TrainConfig) -> float:
 
 
 def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
-    """Scale all gradients but the halting head's, which has a loss and a norm of its own, so that their joint norm is at
-    most `largest` (0: leave them); returns the norm before."""
+    """Scale all gradients but the halting head's, which has a loss and a norm of its own, so that their joint norm is
+    at most `largest` (0: leave them); returns the norm before."""
     parameters = [p for name, p in model.named_parameters() if "q_head" not in name]
     return nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf)

@@ -59,7 +59,7 @@ class TrainConfig:
     halting: str = "policy"
     """what trains the halting head: policy (optimal stopping), gain, expected, q; none; or published (none either)"""
     depth: str = "auto"
-    """what sets a row's steps: random (uniform over 1..max), head, fixed:N; auto is head where it is trained, else random"""
+    """what sets a row's steps: random (uniform over 1..max), head, fixed:N; auto: head if it is trained, else random"""
     step_price: float = 0.01
     """what a step costs in the head's objective, nats"""
     target_steps: float = 0.0
@@ -69,7 +69,7 @@ class TrainConfig:
     depth_warmup: float = 1 / 3
     """share of the optimizer steps in which every row's depth is random, before the head drives"""
     decisions: str = "prefix"
-    """what decides in training: prefix (every prefix of a row, as in generation) or row (the whole row, as published)"""
+    """what decides in training: prefix (each prefix of a row, as in generation) or row (the whole row, as published)"""
     gradient: str = "replay"
     """replay (last steps of every row) or published (only rows that run all steps)"""
     gradient_steps: int = 1
@@ -189,8 +189,8 @@ class TrainConfig:
         return cls(**values)
 
     def model_config(self, shape: dict[str, Any] | None = None) -> HRMConfig:
-        """The model's configuration: `shape` (a config.json's content) or the recipe's preset, with our dropout and what
-        will have trained its head."""
+        """The model's configuration: `shape` (a config.json's content) or the recipe's preset, with our dropout and
+        what will have trained its head."""
         changes = {"dropout": self.dropout}
         if self.halting != "none":  # with none, a head stays what it was
             changes |= {"halting": self.halting, "halt_bias": PUBLISHED_BIAS if self.halting == "published" else 0.0}

@@ -1,4 +1,4 @@
-"""Validation by the causal protocol: every exit's loss on fixed windows, and the loss at the depth each prefix decides."""
+"""Validation by the causal protocol: every exit's loss on fixed windows, and that at the depth each prefix decides."""
 
 from __future__ import annotations
 
