@@ -20,7 +20,7 @@ from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.keyed import DEPTH_STREAM, keyed_integers
 from hrm_model.model import PUBLISHED_STEP_PENALTY
 from hrm_model.training.device import autocast, compile_blocks
-from hrm_model.training.optim import build_optimizer, clip_gradients, learning_rate
+from hrm_model.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rates
 from hrm_model.training.recipes import TrainConfig
 
 NAMES = ("published", "eager", "compile", "fused")
@@ -85,8 +85,8 @@ class Implementation:
         Raises:
             FloatingPointError: a loss or the gradient is not finite; parameters are those before.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.run)
+        lr = learning_rate(step, self.run)
+        set_learning_rates(self.optimizer, lr, self.run.head_lr * lr / self.run.lr)
         self.model.train()
         losses, row_steps = self.accumulate(batches)
         norm = clip_gradients(self.model, self.run.grad_clip)

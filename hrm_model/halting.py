@@ -11,7 +11,7 @@ the end. With d_s = q_continue - q_halt, backwards from V_S = l_S:
 
     C_s = lambda + V_{s+1}                        cost of going on under today's decisions
     A_s = l_s - C_s                               advantage of going on
-    V_s = C_s if d_s > 0, else l_s
+    V_s = C_s if margin_s <= 0, else l_s          at bias 0
     L_q = sum |A_s| softplus(-sign(A_s) d_s) / sum |A_s|
 
 The weights |A| make the sign of L_q's minimiser the sign of E[A | what the head sees], however noisy single samples
@@ -92,7 +92,8 @@ def _weighted_sign(advantage: Tensor, d: Tensor, weights: Tensor) -> Terms:
 
 def _policy(losses: Tensor, q: Tensor, weights: Tensor, price: float) -> Terms:
     d = q[..., 1] - q[..., 0]
-    return _weighted_sign(advantages(losses, d.detach() > 0, price), d[:, :-1], weights)
+    goes_on = halt_margin(q.detach()) <= 0
+    return _weighted_sign(advantages(losses, goes_on, price), d[:, :-1], weights)
 
 
 def _gain(losses: Tensor, q: Tensor, weights: Tensor, price: float) -> Terms:

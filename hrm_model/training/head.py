@@ -136,7 +136,7 @@ class HeadTraining:
         columns = [torch.ones_like(own), own, (executed == oracle).float()]
         table = torch.cat(
             [
-                torch.stack(columns, 1), losses, advantages(losses, margins < 0, price),
+                torch.stack(columns, 1), losses, advantages(losses, margins <= 0, price),
                 torch.nn.functional.one_hot(executed - 1, n_steps),
             ], 1,
         )  # fmt: skip

@@ -32,7 +32,7 @@ from .head import HeadStep, HeadTraining
 from .interrupt import Interrupt
 from .metrics import MetricsLog, Trackers
 from .ngram import ngram_losses
-from .optim import build_optimizer, clip_gradients, learning_rate
+from .optim import build_optimizer, clip_gradients, learning_rate, set_learning_rates
 from .provenance import RUN_FILE, add_resume, write_provenance
 from .recipes import TrainConfig
 from .rundir import find_checkpoint, make_directory
@@ -182,8 +182,7 @@ class Pretraining:
         run, model = self.run, self.model
         self.val_loss = None  # it belonged to the weights before this step
         lr = learning_rate(self.step, run)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rates(self.optimizer, lr, run.head_lr * (lr / run.lr if run.lr else 1.0))
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses, numbers, executed, row_steps, n_explorers = [], [], [], [], 0

@@ -11,13 +11,14 @@ from .recipes import TrainConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups that hold every parameter once: matrices of the blocks with decay; embeddings, norms, biases, vectors
-    and the halting head without. (A head that had no explorers has gradient 0 and must stay what it is: no decay.)"""
-    decayed, plain = [], []
+    """Three groups that hold every parameter once: matrices of the blocks with decay; embeddings, norms, biases and
+    vectors without; the halting head, without too: where no row explored its gradient is 0, and it stays as it is."""
+    decayed, plain, head = [], [], []
     for name, p in model.named_parameters():
         is_matrix = p.dim() >= 2 and "wte" not in name and "wpe" not in name and "lm_head" not in name
-        (decayed if is_matrix and "q_head" not in name else plain).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        (head if "q_head" in name else decayed if is_matrix else plain).append(p)
+    groups = {"decayed": (decayed, weight_decay), "plain": (plain, 0.0), "head": (head, 0.0)}
+    return [{"name": name, "params": parameters, "weight_decay": decay} for name, (parameters, decay) in groups.items()]
 
 
 def build_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.AdamW:
@@ -33,6 +34,12 @@ def learning_rate(step: int, run: TrainConfig) -> float:
         return run.lr * (step + 1) / run.warmup
     progress = min(1.0, (step - run.warmup) / max(1, run.steps - run.warmup))
     return run.min_lr + (run.lr - run.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, head_lr: float) -> None:
+    """The rates of the next step: of the model, and of the halting head."""
+    for group in optimizer.param_groups:
+        group["lr"] = head_lr if group["name"] == "head" else lr
 
 
 def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:

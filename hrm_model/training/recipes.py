@@ -44,6 +44,8 @@ class TrainConfig:
     """peak learning rate"""
     min_lr: float = 3e-5
     """learning rate at the end of the cosine"""
+    head_lr: float = 0.01
+    """peak learning rate of the halting head; it follows the same schedule"""
     warmup: int = 2000
     """steps of linear warm-up"""
     weight_decay: float = 0.1
@@ -130,7 +132,7 @@ class TrainConfig:
             yield "--overwrite and --resume auto contradict each other; give one of them"
         if self.config and self.init_from:
             yield "--config and --init-from each say what the model is; give one of them"
-        for name in ("lr", "min_lr", "weight_decay", "grad_clip"):
+        for name in ("lr", "min_lr", "head_lr", "weight_decay", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is not a finite number of at least 0"
         if self.min_lr > self.lr:
