@@ -7,10 +7,10 @@
     python bench/halting_text.py --from bench/results/halting_text.jsonl --plot picture.png     # draws it again
 
 Of each model: the loss at every fixed depth; the depths of the head that was trained with it; heads that were fitted
-to it at other prices, and the joint head with other biases; the untrained rule that stops when z_H changes little. Rivals
-are the model's own fixed depths at equal compute and the same depths shuffled. Compute is counted twice: mean steps, and
-block applications of generation token by token, in which a position is in the end run to the largest depth that any
-later prefix asks for. Intervals are 95 % bootstrap intervals over windows. The last line is JSON.
+to it at other prices, and the joint head with other biases; the untrained rule that stops when z_H changes little.
+Rivals are the model's own fixed depths at equal compute and the same depths shuffled. Compute is counted twice: mean
+steps, and block applications of generation token by token, in which a position is in the end run to the largest depth
+that any later prefix asks for. Intervals are 95 % bootstrap intervals over windows. The last line is JSON.
 """
 
 from __future__ import annotations
