@@ -69,6 +69,9 @@ def exits(
         model: an HRMForCausalLM; it runs in eval mode and is left as it was.
         ids_BT, targets, lengths: as in HRMForCausalLM.forward; on the model's device.
         decisions: "prefix" or "row". max_steps: S; default the model's. keep_means: keep what the head saw.
+
+    Raises:
+        ValueError: unknown decisions.
     """
     n_steps = model.config.hrm_max_steps if max_steps is None else max_steps
     with evaluating(model):
@@ -98,7 +101,9 @@ class _Decisions:
     """From numbers of every prefix to those of the decisions asked for."""
 
     def __init__(self, targets: Tensor, lengths: Tensor | None, decisions: str):
-        self.by_row = {"row": True, "prefix": False}[decisions]
+        if decisions not in DECISIONS:
+            raise ValueError(f"decisions {decisions!r} is none of {', '.join(DECISIONS)}")
+        self.by_row = decisions == "row"
         self.real = targets != IGNORE
         if lengths is not None:
             self.real = self.real & (torch.arange(targets.shape[1], device=targets.device) < lengths[:, None])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 SMALL = dict(
     vocab_size=61, n_embd=16, block_size=16, n_head=2, n_kv_head=1, n_input_layers=1, n_output_layers=1
 ) | dict(hrm_H_layers=1, hrm_L_layers=1, hrm_max_steps=2)
+OURS = {"halt_bias", "halting", "mlp_hidden", "tie_embeddings", "embed_scale", "loss"}
+"""Fields that the published configuration lacks."""
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux' fork and resource limits")
 
 
@@ -67,3 +71,19 @@ def run_python(code: str, *args: object) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+
+
+def published_config(fields: dict, **extra) -> object:
+    """An object of a dataclass whose module exists only inside this function, as in their files."""
+    module = types.ModuleType("cosmic_module")
+    sys.modules["cosmic_module"] = module
+    cls = dataclasses.make_dataclass("CosmicConfig", [*fields, *extra])
+    cls.__module__ = "cosmic_module"
+    module.CosmicConfig = cls
+    return cls(**fields, **extra)
+
+
+def save_pt(content: object, path: Path) -> Path:
+    torch.save(content, path)
+    sys.modules.pop("cosmic_module", None)
+    return path

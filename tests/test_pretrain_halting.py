@@ -67,9 +67,9 @@ def logits_at(model: HRMForCausalLM, ids: torch.Tensor, depth: int | None) -> tu
 
 
 def test_depths_are_random_in_the_warm_up_and_then_only_those_of_explorers(flags, small_model, tmp_path):
-    """The head, which a learning rate of 0 keeps as it is, would always stop after one step."""
+    """The head, which learning rates of 0 keep as it is, would always stop after one step."""
     start_from(decided(small_model, (5.0, -5.0), tmp_path / "decided"), flags)
-    assert main([*flags, "--lr", "0", "--min-lr", "0", "--dropout", "0"]) == 0
+    assert main([*flags, "--lr", "0", "--min-lr", "0", "--head-lr", "0"]) == 0
     exploration = Exploration(SEED, 3, 0.5, WARMUP)
     for step, record in enumerate(records(tmp_path / "run", "train")):
         samples = range(8 * step, 8 * step + 8)
@@ -270,7 +270,7 @@ def test_a_training_record_says_what_explorers_found(flags, tmp_path):
 
 def test_the_validation_loss_is_that_of_every_prefix_at_the_depth_it_decides(flags, tmp_path):
     """Each prefix alone, without what follows it: its own depth, and its own next token."""
-    flags += ["--lr", "0", "--min-lr", "0", "--eval-windows", "6"]
+    flags += "--lr 0 --min-lr 0 --head-lr 0 --eval-windows 6".split()
     before = training_of(flags, "--out", str(tmp_path / "other"))
     inputs, targets = (torch.from_numpy(a) for a in (before.validation.inputs, before.validation.targets))
     start_from(undecided(before.model, inputs, targets, tmp_path / "undecided"), flags)

@@ -7,8 +7,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -16,12 +14,10 @@ import golden_files
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import SMALL, adamw, same_bits, small_model
+from checkpoint_helpers import OURS, SMALL, adamw, published_config, same_bits, save_pt, small_model
 
 from hrm_model.checkpoint import CheckpointError, load_model
 from hrm_model.config import HRMConfig
-
-OURS = {"halt_bias", "halting", "mlp_hidden", "tie_embeddings", "embed_scale", "loss"}
 
 
 def published_golden() -> tuple[dict, dict[str, torch.Tensor]]:
@@ -29,22 +25,6 @@ def published_golden() -> tuple[dict, dict[str, torch.Tensor]]:
     golden = golden_files.load("no_rope_mha_gelu_bias")
     fields = dataclasses.asdict(golden.config)
     return {key: value for key, value in fields.items() if key not in OURS}, golden.weights
-
-
-def published_config(fields: dict, **extra) -> object:
-    """An object of a dataclass whose module exists only inside this function, as in their files."""
-    module = types.ModuleType("cosmic_module")
-    sys.modules["cosmic_module"] = module
-    cls = dataclasses.make_dataclass("CosmicConfig", [*fields, *extra])
-    cls.__module__ = "cosmic_module"
-    module.CosmicConfig = cls
-    return cls(**fields, **extra)
-
-
-def save_pt(content: object, path: Path) -> Path:
-    torch.save(content, path)
-    sys.modules.pop("cosmic_module", None)
-    return path
 
 
 @pytest.mark.parametrize("weights_key", ["model_state_dict", "model", "state_dict"])

@@ -13,6 +13,8 @@ import pytest
 from parity import COMPILING
 
 from bench.generate import main as generate_main
+from bench.halting_tasks import main as halting_tasks_main
+from bench.halting_text import main as halting_text_main
 from bench.hrm_step import main as hrm_step_main
 from bench.ops import main as ops_main
 from hrm_kernels.offline import main as offline_main
@@ -20,6 +22,7 @@ from hrm_model.cli import COMMANDS
 from hrm_model.cli import main as hrm_main
 from hrm_model.training.flags import field_docs
 from hrm_model.training.recipes import TrainConfig
+from train.halting import main as halting_main
 from train.prepare import main as prepare_main
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +56,8 @@ def test_every_module_of_the_packages_is_in_its_map():
 def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         prepare_main(["--help"])
-    for command in (generate_main, hrm_step_main, ops_main, offline_main):
+    fits = halting_main, halting_tasks_main, halting_text_main
+    for command in (generate_main, hrm_step_main, ops_main, offline_main, *fits):
         with pytest.raises(SystemExit):
             command(["--help"])
     for name in COMMANDS:

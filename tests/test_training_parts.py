@@ -12,7 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.training.flops import known_peak, training_flops
 from hrm_model.training.metrics import MetricsLog
-from hrm_model.training.optim import build_optimizer, clip_gradients, learning_rate, parameter_groups
+from hrm_model.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    parameter_groups,
+    set_learning_rates,
+)
 from hrm_model.training.recipes import RECIPES, TrainConfig
 
 SHAPE = dict(vocab_size=64, n_embd=32, block_size=16, n_head=4, n_kv_head=2, n_input_layers=1, n_output_layers=2)
@@ -21,17 +27,31 @@ SHAPE |= dict(hrm_H_layers=1, hrm_L_layers=2, hrm_H_cycles=2, hrm_L_cycles=1, hr
 
 def test_optimizer_holds_every_parameter_once_and_decays_only_block_matrices():
     model = HRMForCausalLM(HRMConfig(**SHAPE, bias=True, use_rotary=False))
-    decayed, plain = parameter_groups(model, 0.1)
-    ids = [id(p) for group in (decayed, plain) for p in group["params"]]
+    decayed, plain, head = parameter_groups(model, 0.1)
+    ids = [id(p) for group in (decayed, plain, head) for p in group["params"]]
     assert len(ids) == len(set(ids)) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
-    assert plain["weight_decay"] == 0.0 and decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == head["weight_decay"] == 0.0 and decayed["weight_decay"] == 0.1
     assert all(
         names[id(p)].endswith(("proj.weight", "gate.weight", "up.weight", "down.weight")) for p in decayed["params"]
     )
-    assert {"wte.weight", "wpe.weight", "ln_f.weight", "hrm_core.H_init", "hrm_core.q_head.weight"} <= {
-        names[id(p)] for p in plain["params"]
-    }
+    assert {"wte.weight", "wpe.weight", "ln_f.weight", "hrm_core.H_init"} <= {names[id(p)] for p in plain["params"]}
+    assert [names[id(p)] for p in head["params"]] == ["hrm_core.q_head.weight", "hrm_core.q_head.bias"]
+
+
+def test_the_head_has_a_learning_rate_of_its_own():
+    """Adam's first step is as long as its learning rate."""
+    torch.manual_seed(0)
+    model = HRMForCausalLM(HRMConfig(**SHAPE))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, TrainConfig.of_recipe("tiny", weight_decay=0.0))
+    set_learning_rates(optimizer, 0.003, 0.07)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        rate = 0.07 if "q_head" in name else 0.003
+        assert torch.allclose(before[name] - p, torch.full_like(p, rate), atol=1e-6), name
 
 
 def test_a_head_without_a_loss_is_left_as_it_is():

@@ -125,7 +125,7 @@ def fit(
         price.steer(float(executed_steps(halt_margin(q.detach())).double().mean()))
         with torch.no_grad():
             cost = held_out.cost(executed_steps(halt_margin(head(x_held))), price.value)
-        if price.target is not None or cost < least:
+        if price.target is not None or cost <= least:  # of equal ones the last, which has the wider margins
             least, best = cost, {name: t.clone() for name, t in head.state_dict().items()}
     weight = best["weight"] / scale
     bias = best["bias"] - weight @ centre
