@@ -45,7 +45,7 @@ TRAININGS = {
     "tiny": "--recipe tiny",
     "deep": "--recipe tiny --gradient-steps 3",
     "long": "--recipe tiny --steps 3000 --eval-every 500 --save-every 500",
-    "small": "--recipe small --steps 400 --batch-size 4 --accumulation 1 --warmup 50 --dropout 0 --eval-every 100",
+    "small": "--recipe small --steps 400 --batch-size 2 --accumulation 1 --warmup 40 --dropout 0 --eval-every 100",
 }
 COMMON = "--halting policy --resume auto --sample-tokens 0"
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..atomic import check_target
 from ..checkpoint import CheckpointError, load_model, save_model
 from ..config import HRMConfig
-from ..depth_statistics import Costs
+from ..depth_statistics import Comparison, Costs
 from ..exits import DECISIONS
 from ..halting import OBJECTIVES, Price, price_faults, target_fault
 from ..model import HRMForCausalLM
@@ -132,8 +132,9 @@ class HeadFitting:
         """Print the loss by depth and what it says; returns the depths whose exits are usable."""
         by_depth, price = reading.by_depth(), self.options.step_price
         print(f"loss by depth, nats per token ({self.targets.size:,} tokens; unigram {self.ngrams['unigram']:.4f})")
+        gains = (reading.losses[..., :1] - reading.losses).astype(np.float64).mean(1)
         for s, loss in enumerate(by_depth, 1):
-            low, high = reading.interval(lambda rows, s=s: _mean_gain(reading, rows, s))
+            low, high = reading.interval(lambda windows, s=s: gains[windows, s - 1].mean())
             gain = "" if s == 1 else f"   {by_depth[0] - loss:+.4f} against 1 step ({low:+.4f} to {high:+.4f})"
             print(f"  {s:>2}  {loss:.4f}{gain}")
         usable = [s for s, loss in enumerate(by_depth.tolist(), 1) if loss < self.ngrams["unigram"]]
@@ -173,27 +174,26 @@ class HeadFitting:
         reading, costs = self._read(model), Costs.of(self.config)
         executed = reading.executed()
         depths = reading.statistics(executed)
-        steps, blocks = reading.compare(executed), reading.compare(executed, costs)
+        by_steps, by_blocks = reading.comparing(executed), reading.comparing(executed, costs)
+        learned = by_steps(slice(None)).learned
 
-        def against(rival: str, costs: Costs | None = None) -> tuple[float, float]:
-            def difference(rows: np.ndarray) -> float:
-                found = reading.compare(executed, costs, rows)
+        def against(compared: Callable[[Any], Comparison], rival: str) -> tuple[float, tuple[float, float]]:
+            def difference(windows: np.ndarray) -> float:
+                found = compared(windows)
                 return found.learned - getattr(found, rival)
 
-            return reading.interval(difference)
+            return getattr(compared(slice(None)), rival), reading.interval(difference)
 
         rivals = {
-            "fixed_at_equal_steps": (steps.fixed, against("fixed")),
-            "fixed_at_equal_blocks": (blocks.fixed, against("fixed", costs)),
-            "shuffled": (steps.shuffled, against("shuffled")),
+            "fixed_at_equal_steps": against(by_steps, "fixed"),
+            "fixed_at_equal_blocks": against(by_blocks, "fixed"),
+            "shuffled": against(by_steps, "shuffled"),
         }
         correlation = reading.gain_correlation(executed)
         print(f"price {price:.4g} nats a step; executed steps: {depths}; {_histogram(depths.histogram)}")
-        print(f"loss at the decided depths {steps.learned:.4f}, by the causal protocol; learned minus")
+        print(f"loss at the decided depths {learned:.4f}, by the causal protocol; learned minus")
         for name, (value, (low, high)) in rivals.items():
-            print(
-                f"  {name.replace('_', ' '):<22} {value:.4f}: {steps.learned - value:+.4f} ({low:+.4f} to {high:+.4f})"
-            )
+            print(f"  {name.replace('_', ' '):<22} {value:.4f}: {learned - value:+.4f} ({low:+.4f} to {high:+.4f})")
         pays = all(high < 0 for _, (_, high) in rivals.values())
         print(
             "learned depth pays: better than every rival, intervals included"
@@ -211,7 +211,7 @@ class HeadFitting:
             "mean_steps": depths.mean,
             "dispersion": depths.dispersion,
             "histogram": depths.histogram,
-            "loss": steps.learned,
+            "loss": learned,
             "applications": float(costs.applications(executed).mean()),
             "gain_correlation": correlation,
             "rivals": {name: {"loss": v, "difference_interval": list(ci)} for name, (v, ci) in rivals.items()},
@@ -235,11 +235,6 @@ def with_head(model: HRMForCausalLM, weight: Tensor, bias: Tensor, objective: st
         copy.hrm_core.q_head.weight.copy_(weight)
         copy.hrm_core.q_head.bias.copy_(bias)
     return copy.to(model.device).train(model.training)
-
-
-def _mean_gain(reading: Reading, rows: np.ndarray, s: int) -> float:
-    losses = reading.losses[rows]
-    return float((losses[..., 0] - losses[..., s - 1]).astype(np.float64).mean())
 
 
 def _histogram(counts: list[int]) -> str:

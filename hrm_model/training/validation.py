@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..depth_statistics import Comparison, Costs, DepthStatistics, bootstrap, compare, rank_correlation
+from ..depth_statistics import Comparison, Costs, DepthStatistics, at_steps, bootstrap, rank_correlation, shuffled
 from ..exits import exits
 from ..halting import executed_steps
 from ..model import HRMForCausalLM
@@ -54,11 +55,27 @@ class Reading:
     ) -> Comparison:
         """Depths [N, T] against fixed and shuffled ones at equal compute: equal steps, or with `costs` equal block
         applications. windows: which of the N count (a bootstrap's draw)."""
-        which = slice(None) if windows is None else windows
-        losses, executed = self.losses[which], executed[which]
-        by_depth = losses.astype(np.float64).mean((0, 1))
-        learned = float(np.take_along_axis(losses, executed[..., None] - 1, -1).astype(np.float64).mean())
-        return compare(by_depth, learned, executed, costs)
+        return self.comparing(executed, costs)(slice(None) if windows is None else windows)
+
+    def comparing(self, executed: np.ndarray, costs: Costs | None = None) -> Callable[[Any], Comparison]:
+        """`compare` as a function of which windows count: what each of them says is computed once, for any number of
+        draws."""
+        by_depth = self.losses.astype(np.float64).mean(1)
+        learned = np.take_along_axis(self.losses, executed[..., None] - 1, -1).astype(np.float64).mean((1, 2))
+        steps = executed.mean(1)
+        spent = steps if costs is None else np.array([costs.equal_steps(window) for window in executed])
+        histogram = (executed[..., None] == np.arange(1, self.max_steps + 1)).sum(1)
+
+        def compared(windows) -> Comparison:
+            fixed = by_depth[windows].mean(0)
+            return Comparison(
+                float(learned[windows].mean()),
+                at_steps(fixed, spent[windows].mean()),
+                shuffled(fixed, histogram[windows].sum(0)),
+                float(steps[windows].mean()),
+            )
+
+        return compared
 
     def gain_correlation(self, executed: np.ndarray) -> float | None:
         """Spearman's correlation of depth with what all steps gain over one, l_1 - l_S."""
