@@ -280,7 +280,7 @@ def test_the_unroll_agrees_with_prefixes(model):
 
 
 def test_an_unknown_kind_of_decision_is_refused():
-    with pytest.raises(ValueError, match="decisions .token. is none of prefix, row"):
+    with pytest.raises(ValueError, match=r"decisions .token. is none of prefix, row"):
         exits(thinker(SEED), IDS, TARGETS, decisions="token")
 
 

@@ -422,6 +422,8 @@ def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(f
         (["--device", "meta"], "'meta' is not to be had here"),
         (["--track", "paper"], "--track 'paper' is none of tensorboard, wandb"),
         (["--dropout", "1"], "--dropout 1.0 is outside"),
+        (["--head-lr", "nan"], "--head-lr nan is not a finite number of at least 0"),
+        (["--head-lr", "-1"], "--head-lr -1.0 is not a finite number of at least 0"),
         (["--halting", "magic"], "--halting 'magic' is none of policy, gain, expected, q, none, published"),
         (["--decisions", "all"], "--decisions 'all' is none of prefix, row"),
         (["--step-price", "-0.1"], "--step-price -0.1 is not a finite number of at least 0"),

@@ -363,7 +363,7 @@ class Pretraining:
             f"step {self.step:>{len(str(run.steps))}}/{run.steps}  loss {loss:.4f}  lr {newest.lr:.2e}  "
             f"grad norm {newest.grad_norm:.3f}  steps {mean_steps:.2f}  {tokens_per_s:,.0f} tok/s  "
             + (f"MFU {mfu:.1%}  " if mfu else "")
-            + (f"head {head.depths().mean:.2f} at price {head.price:.4f}  " if head else "")
+            + (f"head {head.depths().mean:.2f} at price {head.price:.3g}  " if head else "")
             + f"left {_duration(clock.remaining(self.step, run.steps))}",
             flush=True,
         )
