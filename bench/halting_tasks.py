@@ -23,7 +23,7 @@ import math
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ EXPLORE = 1 / 4
 """Twice the usual: with one decision a row, 16 explorers are all that a step of the head has."""
 PRICE = 0.01
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+DEAR = 0.1
 BIASES = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 PUBLISHED_BIAS = 0.35
 FIT_ROWS, TEST_ROWS = 3072, 4096
@@ -189,10 +190,11 @@ def run(task: str, seed: int, steps: int) -> dict[str, Any]:
     )
     rules["settled"] = test.figures(settled(test.change, float(threshold)))
     rules["published"] = test.figures(executed_steps(halt_margin(test.q, PUBLISHED_BIAS)))
-    by_price = {
-        str(price): test.figures(with_head(test, fit(learn.decisions(), "policy", Price(price))), draws=0)
-        for price in PRICES
-    }
+    swept = {"policy": "by_price"} | ({"gain": "gain_by_price"} if task == "delayed" else {})
+    sweeps: dict[str, dict[str, Any]] = {name: {} for name in swept.values()}
+    for (objective, name), price in product(swept.items(), PRICES):
+        found = fit(learn.decisions(), objective, Price(price))
+        sweeps[name][str(price)] = test.figures(with_head(test, found), draws=0)
     by_bias = {str(bias): test.figures(with_head(test, fits["policy"], bias), draws=0) for bias in BIASES}
     together = Measured(train(task, seed, steps, "policy"), test_rows)
     return {
@@ -203,7 +205,7 @@ def run(task: str, seed: int, steps: int) -> dict[str, Any]:
         "by_depth": test.by_depth(),
         "staged": rules,
         "joint": {"by_depth": together.by_depth(), **together.figures(executed_steps(halt_margin(together.q)))},
-        "by_price": by_price,
+        **sweeps,
         "by_bias": by_bias,
         "seconds": time.perf_counter() - begin,
     }
@@ -234,12 +236,15 @@ def conclusions(records: list[dict[str, Any]]) -> dict[str, bool]:
         found[f"{task}: a higher price means fewer steps"] = all(_falls(r["by_price"]) for r in of_task)
         found[f"{task}: a higher bias means fewer steps"] = all(_falls(r["by_bias"]) for r in of_task)
         if task == "delayed":
-            found["delayed: gain stops too early and costs more than policy"] = all(
-                r["staged"]["gain"]["mean_steps"] < r["staged"]["policy"]["mean_steps"]
-                and r["staged"]["gain"]["cost"] > r["staged"]["policy"]["cost"]
-                for r in of_task
+            found[f"delayed: at price {DEAR:g} gain stops too early and costs more than policy"] = all(
+                _stops_too_early(r["gain_by_price"][str(DEAR)], r["by_price"][str(DEAR)]) for r in of_task
             )
     return found
+
+
+def _stops_too_early(gain: dict[str, Any], policy: dict[str, Any]) -> bool:
+    costs = [figures["loss"] + DEAR * figures["mean_steps"] for figures in (gain, policy)]
+    return gain["mean_steps"] < policy["mean_steps"] and costs[0] > costs[1]
 
 
 def _falls(sweep: dict[str, dict[str, Any]]) -> bool:

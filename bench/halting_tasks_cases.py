@@ -7,8 +7,8 @@ operation, so a row needs more steps the larger its k is.
     permutations  a start among 5 things, then k swaps; after each swap: where is the start now?
     pointers      layers of 6 nodes with one pointer from each node to the next layer: a start, then for each of k
                   layers a token that names its pointers, one of 20 sets; after each hop: at which node?
-    delayed       permutations, but only the answer after the last swap counts for the decision: until the depth that it
-                  needs, a step gains nothing
+    delayed       pointers, but only the answer after the last hop counts for the decision: until nearly as many steps
+                  as hops, a step gains next to nothing
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Rows:
         return Rows(*(t[which] for t in vars(self).values()))
 
 
-def permutations(generator: torch.Generator, n: int, delayed: bool = False) -> Rows:
+def permutations(generator: torch.Generator, n: int) -> Rows:
     """n rows: start, swap 1, .. swap k; targets from the first swap on."""
     swaps = list(itertools.combinations(range(THINGS), 2))
     table = torch.arange(THINGS).repeat(len(swaps), 1)
     for i, (a, b) in enumerate(swaps):
         table[i, a], table[i, b] = b, a
-    return _walk(generator, n, table, delayed)
+    return _walk(generator, n, table, False)
 
 
 def _pointer_sets() -> Tensor:
@@ -67,9 +67,9 @@ def _pointer_sets() -> Tensor:
     return drawn[distinct >= NODES - 1][:POINTER_SETS]
 
 
-def pointers(generator: torch.Generator, n: int) -> Rows:
+def pointers(generator: torch.Generator, n: int, delayed: bool = False) -> Rows:
     """n rows: start, pointers of layer 1, .. of layer k; targets from the first hop on."""
-    return _walk(generator, n, _pointer_sets(), False)
+    return _walk(generator, n, _pointer_sets(), delayed)
 
 
 def _walk(generator: torch.Generator, n: int, moves: Tensor, delayed: bool) -> Rows:
@@ -93,7 +93,7 @@ def _walk(generator: torch.Generator, n: int, moves: Tensor, delayed: bool) -> R
 TASKS: dict[str, Callable[[torch.Generator, int], Rows]] = {
     "permutations": permutations,
     "pointers": pointers,
-    "delayed": lambda generator, n: permutations(generator, n, delayed=True),
+    "delayed": lambda generator, n: pointers(generator, n, delayed=True),
 }
 
 

@@ -13,7 +13,7 @@ from .recipes import TrainConfig
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Three groups that hold every parameter once: matrices of the blocks with decay; embeddings, norms, biases and
     vectors without; the halting head without, at a rate of its own: it has few numbers and must keep up with a model
-    that changes (at the model's rate, D stayed at 0.8 on tasks where 0.3 is right)."""
+    that changes."""
     decayed, plain, head = [], [], []
     for name, p in model.named_parameters():
         is_matrix = p.dim() >= 2 and "wte" not in name and "wpe" not in name and "lm_head" not in name
