@@ -34,8 +34,6 @@ def _draw_seed(axis, record: dict[str, Any], style: dict[str, Any], first: bool)
     losses = record["by_depth"]["loss"]
     axis.plot(range(1, len(losses) + 1), losses, "o-", color="gray", ms=3, label=label("fixed depths"), **style)
     sweeps = {"by_price": ("C0", "policy, other prices"), "by_bias": ("C1", "policy, other biases")}
-    if "gain_by_price" in record:
-        sweeps["gain_by_price"] = "C3", "gain, other prices"
     for sweep, (colour, text) in sweeps.items():
         points = sorted((f["mean_steps"], f["loss"]) for f in record[sweep].values())
         axis.plot(*zip(*points, strict=True), ".-", color=colour, label=label(text), **style)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from bench.common import environment, positive, print_table, save
 from bench.halting_text_plot import draw
 from hrm_model import load_model
 from hrm_model.depth_statistics import Costs
-from hrm_model.halting import Price, settled
+from hrm_model.halting import Price
+from hrm_model.training.device import autocast, choose_device, choose_dtype
 from hrm_model.training.fitting import with_head
 from hrm_model.training.head_fit import collect, fit
 from hrm_model.training.sampler import Sampler, validation_windows
@@ -46,6 +47,7 @@ TRAININGS = {
     "deep": "--recipe tiny --gradient-steps 3",
     "long": "--recipe tiny --steps 3000 --eval-every 500 --save-every 500",
     "small": "--recipe small --steps 400 --batch-size 2 --accumulation 1 --warmup 40 --dropout 0 --eval-every 100",
+    "base": "--recipe base --fused --steps 4000 --warmup 400",
 }
 COMMON = "--halting policy --resume auto --sample-tokens 0"
 PRICES = (0.0003, 0.001, 0.003, 0.01, 0.03)
@@ -65,33 +67,25 @@ def train(name: str) -> str:
     return out
 
 
-def figures(reading: Reading, executed: np.ndarray, costs: Costs, draws: int = DRAWS) -> dict[str, Any]:
+def figures(reading: Reading, executed: np.ndarray, costs: Costs, draws: int = 0) -> dict[str, Any]:
     """What depths [N, T] give, and what their rivals do."""
-    depths, steps = reading.statistics(executed), reading.compare(executed)
+    depths = reading.statistics(executed)
     found = {
-        "loss": steps.learned,
+        "loss": reading.loss(executed),
         "mean_steps": depths.mean,
         "dispersion": depths.dispersion,
         "histogram": depths.histogram,
         "applications": float(costs.applications(executed).mean()),
         "gain_correlation": reading.gain_correlation(executed),
     }
-    rivals = {"fixed_at_equal_steps": ("fixed", None), "fixed_at_equal_blocks": ("fixed", costs)}
-    for name, (rival, counted) in (rivals | {"shuffled": ("shuffled", None)}).items():
-        found[name] = getattr(reading.compare(executed, counted), rival)
-        if draws:
-
-            def difference(windows: np.ndarray, rival=rival, counted=counted) -> float:
-                c = reading.compare(executed, counted, windows)
-                return c.learned - getattr(c, rival)
-
-            found[f"minus_{name}_interval"] = reading.interval(difference, draws)
+    for name, rival in reading.rivals(executed, costs, draws).items():
+        found |= {name: rival.loss, f"minus_{name}_interval": rival.interval}
     return found
 
 
-def measure(path: str, data: list[str], windows: int) -> dict[str, Any]:
-    """One model."""
-    model, config = load_model(path)
+def measure(path: str, data: list[str], windows: int, device: torch.device) -> dict[str, Any]:
+    """One model, on `device`."""
+    model, config = load_model(path, device)
     if not config.head_is_trained:
         raise SystemExit(f"error: the head of {path} is not trained; train/halting.py fits one")
     datasets, size = [open_dataset(d) for d in data], config.block_size
@@ -99,8 +93,9 @@ def measure(path: str, data: list[str], windows: int) -> dict[str, Any]:
     sampler = Sampler(datasets, size, seed=1, vocab_size=config.vocab_size)
 
     def read(one) -> Reading:
-        return read_windows(one, inputs, targets, 8, nullcontext)
+        return read_windows(one, inputs, targets, 8, region)
 
+    region = partial(autocast, device, choose_dtype("auto", device))
     costs, reading = Costs.of(config), read(model)
     gains = [
         reading.interval(
@@ -109,13 +104,12 @@ def measure(path: str, data: list[str], windows: int) -> dict[str, Any]:
         for s in range(reading.max_steps)
     ]
     batches = (tuple(map(torch.from_numpy, sampler.batch(first, 8)[:2])) for first in range(0, FIT_WINDOWS, 8))
-    decisions = collect(model, batches, "prefix", 64, nullcontext)
+    decisions = collect(model, batches, "prefix", 64, region)
     by_price = {}
     for price in PRICES:
         found = fit(decisions, "policy", Price(price))
         fitted = read(with_head(model, found.weight, found.bias, "policy"))
-        by_price[str(price)] = figures(fitted, fitted.executed(), costs)
-    change = torch.from_numpy(reading.change)
+        by_price[str(price)] = figures(fitted, fitted.executed(), costs, DRAWS)
     return {
         "run": Path(path).name,
         "parameters": model.num_parameters(),
@@ -123,10 +117,10 @@ def measure(path: str, data: list[str], windows: int) -> dict[str, Any]:
         "by_depth": reading.by_depth().tolist(),
         "gain_intervals": gains,
         "blocks": {"per_step": costs.per_step, "outer": list(costs.outer)},
-        "joint": figures(reading, reading.executed(), costs),
+        "joint": figures(reading, reading.executed(), costs, DRAWS),
         "by_price": by_price,
-        "by_bias": {str(b): figures(reading, reading.executed(b), costs, 0) for b in BIASES},
-        "settled": {str(t): figures(reading, settled(change, t).numpy(), costs, 0) for t in THRESHOLDS},
+        "by_bias": {str(b): figures(reading, reading.executed(b), costs) for b in BIASES},
+        "settled": {str(t): figures(reading, reading.executed(rule=f"settled:{t}"), costs) for t in THRESHOLDS},
     }
 
 
@@ -176,6 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--runs", nargs="+", default=[], metavar="DIR", help="models that are there already, instead")
     add("--data", nargs="+", default=[DATA], metavar="DIR", help=f"prepared datasets; default: {DATA}")
     add("--windows", type=positive, default=64, metavar="N", help="of validation text; default: 64")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; default: auto")
     add("--save", action="store_true", help="append the records to bench/results/halting_text.jsonl")
     add("--plot", type=Path, metavar="FILE", help="draw loss against compute (needs matplotlib)")
     add("--from", dest="source", type=Path, metavar="FILE", help="records of an earlier run instead of a new one")
@@ -185,13 +180,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parse(argv)
+    device = choose_device(options.device)
     if options.source:
         records = [json.loads(line) for line in options.source.read_text(encoding="utf-8").splitlines()]
     else:
         runs = options.runs or [train(name) for name in options.train or ["tiny"]]
         records = []
         for run in runs:
-            record = {"environment": environment(torch.device("cpu")), **measure(run, options.data, options.windows)}
+            found = measure(run, options.data, options.windows, device)
+            record = {"environment": environment(device), **found}
             records.append(record)
             if options.save:
                 save("halting_text.jsonl", record)

@@ -85,8 +85,7 @@ class Implementation:
         Raises:
             FloatingPointError: a loss or the gradient is not finite; parameters are those before.
         """
-        lr = learning_rate(step, self.run)
-        set_learning_rates(self.optimizer, lr, self.run.head_lr * lr / self.run.lr)
+        set_learning_rates(self.optimizer, learning_rate(step, self.run), self.run)
         self.model.train()
         losses, row_steps = self.accumulate(batches)
         norm = clip_gradients(self.model, self.run.grad_clip)

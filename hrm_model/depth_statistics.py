@@ -63,9 +63,11 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 # -- was it worth it ---------------------------------------------------------------------------------------------------
 
 
-def at_steps(by_depth: np.ndarray, steps: float) -> float:
-    """What fixed depths give at a mean of `steps`: between two depths the mix of both, by_depth [S] a loss or score."""
-    return float(np.interp(steps, np.arange(1, len(by_depth) + 1), by_depth))
+def within(by_depth: np.ndarray, steps: float, best: Callable = np.minimum) -> float:
+    """The best that fixed depths give for at most `steps` steps: by_depth [S] is a loss, or with best=np.maximum a
+    score; between two depths a mix of both. Where going deeper makes it worse, that is a shallower depth."""
+    reached = best.accumulate(by_depth)
+    return float(np.interp(steps, np.arange(1, len(by_depth) + 1), reached))
 
 
 def shuffled(by_depth: np.ndarray, histogram: Sequence[int]) -> float:
@@ -75,25 +77,14 @@ def shuffled(by_depth: np.ndarray, histogram: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Learned depth against rivals at equal compute, in the loss's or score's unit."""
+    """Learned depth against rivals that take no more compute, in the loss's unit."""
 
     learned: float
     fixed: float
-    """Fixed depths mixed to the same mean steps."""
+    """The best of fixed depths, and mixes of two, that take no more compute."""
     shuffled: float
     """The same steps dealt out at random."""
     mean_steps: float
-
-
-def compare(by_depth: np.ndarray, learned: float, executed: np.ndarray, costs: Costs | None = None) -> Comparison:
-    """Depths executed [.., N], which gave `learned`, against by_depth [S], the mean at each fixed depth.
-
-    Compute is the steps themselves, or with `costs` block applications of rows [.., N] generated token by token.
-    """
-    mean = float(np.mean(executed))
-    spent = mean if costs is None else costs.equal_steps(executed)
-    histogram = DepthStatistics.of(executed, len(by_depth)).histogram
-    return Comparison(learned, at_steps(by_depth, spent), shuffled(by_depth, histogram), mean)
 
 
 def bootstrap(
@@ -141,4 +132,4 @@ class Costs:
 
     def equal_steps(self, executed: np.ndarray) -> float:
         """The fixed depth (a mix, if no whole number) that costs what executed [..., T] do."""
-        return (float(self.applications(executed).mean()) - sum(self.outer)) / self.per_step
+        return (float(self.applications(executed).mean()) - self.of_fixed(0)) / self.per_step

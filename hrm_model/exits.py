@@ -141,7 +141,11 @@ def _prefix_norms(z: Tensor) -> Tensor:
 
 
 def _cumulative_sum(z: Tensor) -> Tensor:
-    return z.to(z.dtype if z.device.type == "mps" else torch.float64).cumsum(-2)  # mps has no float64
+    wide = z.to(z.dtype if z.device.type == "mps" else torch.float64)  # mps has no float64
+    if z.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # CUDA's scan is not deterministic, and torch's substitute for it needs memory of T^2 C
+        return torch.ones(z.shape[-2], z.shape[-2], dtype=wide.dtype, device=z.device).tril() @ wide
+    return wide.cumsum(-2)
 
 
 def _scores(model, means: Tensor) -> Tensor:

@@ -33,8 +33,6 @@ from hrm_kernels import halt_margin
 
 from .keyed import DEPTH_STREAM, EXPLORER_STREAM, POSITION_STREAM, keyed_integers
 
-__all__ = ["OBJECTIVES", "Exploration", "Price", "executed_steps", "halt_margin", "head_loss", "settled"]
-
 # -- the rule ----------------------------------------------------------------------------------------------------------
 
 
@@ -51,15 +49,29 @@ def executed_steps(margins: Tensor) -> Tensor:
     return halt.int().argmax(-1) + 1  # the first of equal ones
 
 
-def settled(change: Tensor, threshold: float) -> Tensor:
-    """The untrained rule: stop after the first step that changed z_H by less than `threshold`.
+def executed_by(rule: str, margins: Tensor, change: Tensor) -> Tensor:
+    """The steps that a rule runs: one option for the trained head and what it is held against.
 
     Args:
-        change: [..., S], |z_H after - z_H before| / |z_H before| of each step. threshold: at least 0.
+        rule: "head" (whatever trained it, or nothing), or untrained: "fixed:N", N steps for all; "settled:X", stop
+            after the first step that changed z_H by less than X of its norm.
+        margins, change: [..., S], as exits.Exits has them.
     Returns:
         [...] int64, 1..S.
+    Raises:
+        ValueError: no such rule.
     """
-    return executed_steps(threshold - change)
+    kind, _, number = rule.partition(":")
+    if rule == "head":
+        return executed_steps(margins)
+    try:
+        if kind == "fixed" and 1 <= int(number) <= margins.shape[-1]:
+            return torch.full(margins.shape[:-1], int(number), device=margins.device)
+        if kind == "settled" and float(number) >= 0:
+            return executed_steps(float(number) - change)
+    except ValueError:
+        pass
+    raise ValueError(f"rule {rule!r} is none of head, fixed:N (N in 1..{margins.shape[-1]}), settled:X (X at least 0)")
 
 
 # -- objectives --------------------------------------------------------------------------------------------------------
@@ -163,8 +175,8 @@ def head_loss(objective: str, losses: Tensor, q: Tensor, weights: Tensor, price:
 class Price:
     """lambda, the price of a step in nats: constant, or steered so that the mean depth comes to `target`.
 
-    After each optimizer step lambda *= exp(rate clip(mean - target, -2, 2)). At 0.003 it takes some 120 steps for a
-    factor of two when the mean is two steps off; at 0.02 the depth of a model in training overshot and swung.
+    After each optimizer step lambda *= exp(rate clip(mean - target, -2, 2)), within LEAST..MOST. At 0.003 it takes some
+    120 steps for a factor of two when the mean is two steps off.
     """
 
     value: float
@@ -178,6 +190,12 @@ class Price:
         if self.target is not None:
             off = min(max(mean_steps - self.target, -2.0), 2.0)
             self.value = min(max(self.value * math.exp(self.rate * off), self.LEAST), self.MOST)
+
+
+def price_rate(n_steps: float) -> float:
+    """A controller's rate for a run that steers `n_steps` times: slow, yet able to move the price by a factor of 400
+    where the mean is a step off all along. At 0.02 and faster the depth of a model in training swings."""
+    return min(max(6 / max(n_steps, 1), 0.003), 0.02)
 
 
 def price_faults(price: float, target: float | None) -> list[str]:

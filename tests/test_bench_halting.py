@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import halting_tasks, halting_text
-from bench.halting_tasks_cases import NODES, POINTER_SETS, TASKS, THINGS, S, _pointer_sets, make_model
+from bench.halting_tasks_cases import MOST_OPERATIONS, NODES, POINTER_SETS, TASKS, THINGS, S, _pointer_sets, make_model
 from hrm_model import HRMConfig, HRMForCausalLM, save_model
 from hrm_model.model import IGNORE
 
@@ -36,8 +36,8 @@ def swapped(a: int, b: int) -> list[int]:
 def test_answers_are_those_of_operations_made_one_after_the_other(task):
     rows = TASKS[task](torch.Generator().manual_seed(3), 50)
     swaps = [swapped(a, b) for a, b in itertools.combinations(range(THINGS), 2)]
-    moves = _pointer_sets().tolist() if task == "pointers" else swaps
-    assert set(rows.needed.tolist()) == set(range(1, S + 1))
+    moves = swaps if task == "permutations" else _pointer_sets().tolist()
+    assert set(rows.needed.tolist()) == set(range(1, MOST_OPERATIONS + 1))
     for ids, targets, rewards, length, k in zip(
         rows.ids.tolist(), rows.targets.tolist(), rows.rewards.tolist(), rows.lengths.tolist(), rows.needed.tolist(),
         strict=True,
@@ -69,9 +69,9 @@ def made(needed: np.ndarray) -> halting_tasks.Measured:
 
 def test_depths_that_follow_the_task_beat_their_rivals_and_others_do_not():
     needed = np.random.default_rng(0).integers(1, S + 1, 400)
-    perfect = made(needed).figures(torch.from_numpy(needed), draws=50)
+    perfect = made(needed).figures(torch.from_numpy(needed), 0.03, draws=50)
     assert perfect["loss"] == 0 and perfect["accuracy"] == 1 and perfect["rank_correlation"] == pytest.approx(1)
-    assert perfect["cost"] == pytest.approx(halting_tasks.PRICE * needed.mean())
+    assert perfect["cost"] == pytest.approx(0.03 * needed.mean())
     mean = needed.mean()
     assert perfect["loss_fixed"] == pytest.approx(
         np.interp(mean, range(1, S + 1), [(needed > s).mean() for s in range(1, S + 1)])
@@ -80,8 +80,8 @@ def test_depths_that_follow_the_task_beat_their_rivals_and_others_do_not():
     assert halting_tasks.beats_rivals(perfect)
 
     other = np.random.default_rng(1).permutation(needed)
-    assert not halting_tasks.beats_rivals(made(needed).figures(torch.from_numpy(other), draws=50))
-    fixed = made(needed).figures(torch.full((400,), 4), draws=50)
+    assert not halting_tasks.beats_rivals(made(needed).figures(torch.from_numpy(other), 0.03, draws=50))
+    fixed = made(needed).figures(torch.full((400,), 4), 0.03, draws=50)
     assert fixed["dispersion"] == 0 and fixed["rank_correlation"] is None and not halting_tasks.beats_rivals(fixed)
 
 
@@ -99,7 +99,7 @@ def test_the_committed_records_hold_what_the_documentation_says(tmp_path, capsys
     picture = tmp_path / "tasks.png"
     assert halting_tasks.main(["--from", str(RESULTS / "halting_tasks.jsonl"), "--plot", str(picture)]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["holds"] and len(said["conclusions"]) == 13 and picture.read_bytes().startswith(b"\x89PNG")
+    assert said["holds"] and len(said["conclusions"]) == 12 and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_committed_text_records_are_drawn(tmp_path, capsys):

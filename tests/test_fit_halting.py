@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from hrm_model import HRMConfig, HRMForCausalLM, load_model, save_model
 from hrm_model.checkpoint import verify_checkpoint
-from hrm_model.depth_statistics import Costs, compare
+from hrm_model.depth_statistics import Comparison, Costs, DepthStatistics, shuffled, within
 from hrm_model.halting import OBJECTIVES, Price, executed_steps, halt_margin
 from hrm_model.training.device import autocast
 from hrm_model.training.head_fit import Decisions, Fit, fit
@@ -351,10 +351,11 @@ def test_a_draw_of_windows_is_compared_as_its_windows_alone():
     for costs in (None, Costs(5, (1, 2))):
         found = reading.comparing(executed, costs)(windows)
         drawn = Reading(losses[windows], margins[windows], losses[windows])
-        own = drawn.loss(executed[windows])
-        expected = compare(drawn.by_depth(), own, executed[windows], costs)
+        mine, by_depth = executed[windows], drawn.by_depth()
+        spent = mine.mean() if costs is None else costs.equal_steps(mine)
+        dealt = shuffled(by_depth, DepthStatistics.of(mine, S).histogram)
+        expected = Comparison(drawn.loss(mine), within(by_depth, spent), dealt, mine.mean())
         assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), abs=1e-12)
-        assert found == reading.compare(executed, costs, windows)
 
 
 def test_the_head_that_costs_least_on_text_held_out_is_kept():

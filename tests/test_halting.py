@@ -17,26 +17,27 @@ from hrm_model.cache import HRMCache
 from hrm_model.depth_statistics import (
     Costs,
     DepthStatistics,
-    at_steps,
     bootstrap,
-    compare,
     rank_correlation,
     ranks,
     shuffled,
+    within,
 )
 from hrm_model.halting import (
     OBJECTIVES,
     Exploration,
     Price,
     advantages,
+    executed_by,
     executed_steps,
     halt_margin,
     head_loss,
     price_faults,
-    settled,
+    price_rate,
     target_fault,
 )
 from hrm_model.incremental import extend
+from hrm_model.training.validation import Reading
 
 N, S, PRICE = 30, 5, 0.07
 
@@ -95,9 +96,22 @@ def test_an_infinite_bias_decides_alone_and_a_finite_one_moves_the_threshold():
 
 def test_the_untrained_rule_stops_after_the_first_small_change():
     change = torch.tensor([[math.inf, 0.5, 0.1, 0.2], [0.05, 0.5, 0.1, 0.2], [0.3, 0.3, 0.3, 0.3]])
-    assert settled(change, 0.15).tolist() == [3, 1, 4]
-    assert settled(change, 0.1).tolist() == [4, 1, 4], "a change of the threshold itself is not below it"
-    assert settled(change, 0.0).tolist() == [4, 4, 4]
+
+    def by(rule: str) -> list[int]:
+        return executed_by(rule, torch.ones(3, 4), change).tolist()
+
+    assert by("settled:0.15") == [3, 1, 4]
+    assert by("settled:0.1") == [4, 1, 4], "a change of the threshold itself is not below it"
+    assert by("settled:0") == [4, 4, 4]
+    assert by("fixed:2") == [2, 2, 2] and by("head") == [1, 1, 1]
+    for wrong in ("fixed:5", "fixed:0", "fixed:x", "settled:-1", "settled:", "heads"):
+        with pytest.raises(ValueError, match=r"none of head, fixed:N \(N in 1..4\), settled:X"):
+            by(wrong)
+
+
+def test_a_price_is_steered_slower_the_longer_a_run_is():
+    rates = [price_rate(n) for n in (1, 300, 600, 2000, 10**6)]
+    assert rates == [0.02, 0.02, 0.01, 0.003, 0.003]
 
 
 # -- objectives, against loops in plain Python -------------------------------------------------------------------------
@@ -527,8 +541,15 @@ def test_rank_correlation_by_hand():
 
 def test_between_two_depths_fixed_depths_are_mixed():
     by_depth = np.array([4.0, 2.0, 1.0])
-    assert [at_steps(by_depth, n) for n in (1, 1.5, 2.25, 3)] == pytest.approx([4.0, 3.0, 1.75, 1.0])
-    assert at_steps(by_depth, 9.0) == 1.0, "deeper than S there is nothing"
+    assert [within(by_depth, n) for n in (1, 1.5, 2.25, 3)] == pytest.approx([4.0, 3.0, 1.75, 1.0])
+    assert within(by_depth, 9.0) == 1.0, "deeper than S there is nothing"
+
+
+def test_a_rival_may_be_shallower_than_the_steps_it_may_take():
+    assert [within(np.array([3.0, 3.1, 2.9, 3.2]), n) for n in (1, 2, 2.5, 3, 4)] == pytest.approx(
+        [3, 3, 2.95, 2.9, 2.9]
+    )
+    assert within(np.array([0.5, 0.4]), 2.0, np.maximum) == 0.5, "of scores, the highest"
 
 
 def test_shuffled_is_the_mean_over_all_deals():
@@ -539,13 +560,31 @@ def test_shuffled_is_the_mean_over_all_deals():
     assert found == pytest.approx(np.mean(deals), rel=1e-12)
 
 
+def reading(losses: np.ndarray) -> Reading:
+    return Reading(losses.astype(np.float32), np.zeros(losses.shape, np.float32), np.zeros(losses.shape, np.float32))
+
+
 def test_a_depth_that_knows_is_better_than_fixed_and_shuffled_ones():
     """Half the decisions need one step and half need three; each pays 1 until it has had its steps."""
-    losses = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]] * 10)
-    executed = np.array([1, 3] * 10)
-    learned = losses[range(20), executed - 1].mean()
-    found = compare(losses.mean(0), learned, executed)
+    losses = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]] * 10)[None]
+    executed = np.array([[1, 3] * 10])
+    found = reading(losses).comparing(executed)(slice(None))
     assert (found.learned, found.fixed, found.shuffled, found.mean_steps) == (0.0, 0.5, 0.25, 2.0)
+
+
+def test_a_depth_that_hurts_does_not_beat_its_rivals():
+    """Deeper is worse: no steps are the rival of any, and depth that is better than the mean depth is not good."""
+    rng = np.random.default_rng(0)
+    losses = np.array([3.0, 3.05, 3.1, 3.15]) + rng.normal(0, 0.05, (40, 8, 4))
+    executed = losses[..., 1:].argmin(-1) + 2  # the best of the bad
+    costs = Costs(per_step=3, outer=(1, 1))
+    rivals = reading(losses).rivals(executed, costs, draws=50)
+    assert rivals["shuffled"].is_beaten()
+    fixed = rivals["fixed_at_equal_steps"]
+    assert (
+        fixed.loss == pytest.approx(losses[..., 0].mean(), abs=1e-6) and fixed.difference > 0 and not fixed.is_beaten()
+    )
+    assert not rivals["fixed_at_equal_blocks"].is_beaten()
 
 
 def test_the_interval_is_that_of_the_normal_approximation_and_a_function_of_the_seed():
@@ -608,6 +647,7 @@ def test_equal_compute_is_the_depth_that_costs_as_much():
     costs, by_depth = Costs(per_step=2, outer=(1, 3)), np.array([4.0, 2.0, 1.0, 0.5])
     executed = np.array([1, 1, 3])  # 1 + 6 + 6, 1 + 6 + 6, 1 + 6 + 3: 12 on average, that of 4 steps
     assert costs.of_fixed(4) == 12 and costs.equal_steps(executed) == pytest.approx(4.0)
-    by_steps, by_blocks = (compare(by_depth, 1.0, executed, c) for c in (None, costs))
-    assert by_steps.fixed == pytest.approx(at_steps(by_depth, 5 / 3)) and by_blocks.fixed == 0.5
+    same = reading(np.tile(by_depth, (1, 3, 1)))
+    by_steps, by_blocks = (same.comparing(executed[None], c)(slice(None)) for c in (None, costs))
+    assert by_steps.fixed == pytest.approx(within(by_depth, 5 / 3)) and by_blocks.fixed == 0.5
     assert by_steps.shuffled == by_blocks.shuffled == pytest.approx((4 + 4 + 1) / 3)

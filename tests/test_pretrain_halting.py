@@ -138,7 +138,7 @@ def test_the_head_learns_the_same_however_samples_are_cut(flags, tmp_path):
 
 def test_without_an_objective_the_head_stays_as_it_is_and_all_steps_are_evaluated(flags, tmp_path):
     before = training_of(flags, "--out", str(tmp_path / "other")).model.state_dict()
-    assert main([*flags, "--halting", "none"]) == 0
+    assert main([*flags, "--halting", "none", "--target-steps", "0"]) == 0
     after = weights(tmp_path / "run", 8)
     assert all(torch.equal(before[key], after[key]) for key in HEAD)
     last = records(tmp_path / "run", "eval")[-1]
@@ -202,7 +202,7 @@ def test_a_models_file_says_what_trained_its_head(flags, small_model, tmp_path):
 def test_published_halting_brings_its_bias_and_trains_no_head(flags, small_model, tmp_path):
     """The configuration says 0; training is without a bias, as published. The head goes on until the last step."""
     start_from(decided(small_model, (0.0, 0.1), tmp_path / "decided", halting="none", halt_bias=0.0), flags)
-    assert main([*flags, "--halting", "published"]) == 0
+    assert main([*flags, "--halting", "published", "--target-steps", "0"]) == 0
     assert saved(tmp_path / "run", 8, "config.json")["halt_bias"] == 0.35
     assert all(set(r["depths"]) == {"3"} and "price" not in r for r in records(tmp_path / "run", "train"))
     assert weights(tmp_path / "run", 8)[HEAD[1]].tolist() == pytest.approx([0.0, 0.1])
@@ -219,7 +219,7 @@ def test_a_price_without_a_target_stays_and_one_with_a_target_moves_towards_it(f
     for name, target in (("lower", "1"), ("deeper", "3")):
         assert main([*flags, "--target-steps", target, "--out", str(tmp_path / name)]) == 0
     dearer, same = ([r["price"] for r in records(tmp_path / name, "train")] for name in ("lower", "deeper"))
-    assert dearer == pytest.approx([0.02 * np.exp(0.003 * 2 * step) for step in range(8)]), "3 steps are 2 too many"
+    assert dearer == pytest.approx([0.02 * np.exp(0.02 * 2 * step) for step in range(8)]), "3 steps are 2 too many"
     assert same == [0.02] * 8
 
 
@@ -321,7 +321,7 @@ def test_a_model_of_one_step_has_nothing_to_decide(flags, small_model, tmp_path,
 def test_a_model_of_one_step_trains_without_an_objective(flags, small_model, tmp_path):
     shape = json.loads(small_model.read_text()) | {"hrm_max_steps": 1}
     (tmp_path / "one.json").write_text(json.dumps(shape))
-    assert main([*flags, "--config", str(tmp_path / "one.json"), "--halting", "none"]) == 0
+    assert main([*flags, "--config", str(tmp_path / "one.json"), "--halting", "none", "--target-steps", "0"]) == 0
     assert set(records(tmp_path / "run", "eval")[-1]["loss_by_depth"]) == {"1"}
 
 

@@ -44,8 +44,9 @@ def test_the_head_has_a_learning_rate_of_its_own():
     torch.manual_seed(0)
     model = HRMForCausalLM(HRMConfig(**SHAPE))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, TrainConfig.of_recipe("tiny", weight_decay=0.0))
-    set_learning_rates(optimizer, 0.003, 0.07)
+    run = TrainConfig.of_recipe("tiny", weight_decay=0.0, lr=0.006, head_lr=0.14)
+    optimizer = build_optimizer(model, run)
+    set_learning_rates(optimizer, 0.003, run)  # half way down the schedule
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()

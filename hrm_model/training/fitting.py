@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from torch import Tensor
 from ..atomic import check_target
 from ..checkpoint import CheckpointError, load_model, save_model
 from ..config import HRMConfig
-from ..depth_statistics import Comparison, Costs
+from ..depth_statistics import Costs
 from ..exits import DECISIONS
 from ..halting import OBJECTIVES, Price, price_faults, target_fault
 from ..model import HRMForCausalLM
 from .device import autocast, choose_device, choose_dtype, choose_kernels
-from .head_fit import MEANS_BYTES, PRICE_RATE, Fit, collect, fit
+from .head_fit import FIT_BYTES, PRICE_RATE, Fit, collect, fit
 from .ngram import ngram_losses
 from .prepare import ensure_default_dataset
 from .sampler import Sampler, validation_windows
@@ -126,7 +126,7 @@ class HeadFitting:
     def _most(self) -> int:
         """Decisions kept of a window, so that all fit in memory."""
         of_one = self.config.hrm_max_steps * self.config.n_embd * 4
-        return max(1, MEANS_BYTES // of_one // self.options.windows)
+        return max(1, FIT_BYTES // of_one // self.options.windows)
 
     def _report_exits(self, reading: Reading) -> list[int]:
         """Print the loss by depth and what it says; returns the depths whose exits are usable."""
@@ -174,27 +174,17 @@ class HeadFitting:
         reading, costs = self._read(model), Costs.of(self.config)
         executed = reading.executed()
         depths = reading.statistics(executed)
-        by_steps, by_blocks = reading.comparing(executed), reading.comparing(executed, costs)
-        learned = by_steps(slice(None)).learned
-
-        def against(compared: Callable[[Any], Comparison], rival: str) -> tuple[float, tuple[float, float]]:
-            def difference(windows: np.ndarray) -> float:
-                found = compared(windows)
-                return found.learned - getattr(found, rival)
-
-            return getattr(compared(slice(None)), rival), reading.interval(difference)
-
-        rivals = {
-            "fixed_at_equal_steps": against(by_steps, "fixed"),
-            "fixed_at_equal_blocks": against(by_blocks, "fixed"),
-            "shuffled": against(by_steps, "shuffled"),
-        }
+        learned, rivals = reading.loss(executed), reading.rivals(executed, costs)
+        applications = float(costs.applications(executed).mean())
         correlation = reading.gain_correlation(executed)
-        print(f"price {price:.4g} nats a step; executed steps: {depths}; {_histogram(depths.histogram)}")
+        print(
+            f"price {price:.4g} nats a step; executed steps: {depths}; {_histogram(depths.histogram)}; generated over "
+            f"the cache {applications:.1f} block applications a token"
+        )
         print(f"loss at the decided depths {learned:.4f}, by the causal protocol; learned minus")
-        for name, (value, (low, high)) in rivals.items():
-            print(f"  {name.replace('_', ' '):<22} {value:.4f}: {learned - value:+.4f} ({low:+.4f} to {high:+.4f})")
-        pays = all(high < 0 for _, (_, high) in rivals.values())
+        for name, (value, difference, (low, high)) in rivals.items():
+            print(f"  {name.replace('_', ' '):<22} {value:.4f}: {difference:+.4f} ({low:+.4f} to {high:+.4f})")
+        pays = all(rival.is_beaten() for rival in rivals.values())
         print(
             "learned depth pays: better than every rival, intervals included"
             if pays
@@ -212,9 +202,9 @@ class HeadFitting:
             "dispersion": depths.dispersion,
             "histogram": depths.histogram,
             "loss": learned,
-            "applications": float(costs.applications(executed).mean()),
+            "applications": applications,
             "gain_correlation": correlation,
-            "rivals": {name: {"loss": v, "difference_interval": list(ci)} for name, (v, ci) in rivals.items()},
+            "rivals": {name: {"loss": r.loss, "difference_interval": list(r.interval)} for name, r in rivals.items()},
             "pays": pays,
         }
 
@@ -222,6 +212,8 @@ class HeadFitting:
 def _default_out(checkpoint: Path) -> Path:
     """Beside the checkpoint: runs/tiny-halting of runs/tiny, best-halting of best.pt."""
     path = checkpoint.resolve() if checkpoint.name in ("", "..") else checkpoint
+    if path.parent.name == "checkpoints":  # of a run: beside the run, which may delete what is in it
+        path = path.parent.parent
     return path.with_name((path.name if path.is_dir() else path.stem) + "-halting")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..exits import exits
 from ..halting import Price, executed_steps, halt_margin, head_loss
 
-MEANS_BYTES = 1 << 28
+FIT_BYTES = 1 << 28
 """Memory for what the head sees of the decisions that it is fitted to: 256 MiB, 9,300 of the base model's."""
 ITERATIONS = 600
 LEARNING_RATE = 0.03
@@ -98,8 +98,10 @@ def fit(
         price: steered in place where it has a target.
         progress: called with the iteration's number and its L_q.
     Raises:
-        ValueError: what the decisions hold is not finite.
+        ValueError: fewer than four decisions, or what they hold is not finite.
     """
+    if len(decisions.losses) < 4:
+        raise ValueError(f"{len(decisions.losses)} decisions are too few to fit a head and to test it; give at least 4")
     if not all(t.isfinite().all() for t in (decisions.means, decisions.losses)):
         raise ValueError("some exits have a loss or a state that is not finite; nothing can be fitted to such a model")
     learn, held_out = decisions.split(0.25)

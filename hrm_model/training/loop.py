@@ -22,7 +22,7 @@ from ..checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, lo
 from ..config import HRMConfig
 from ..depth_statistics import Costs
 from ..generate import generate
-from ..halting import Exploration, Price
+from ..halting import Exploration, Price, price_rate
 from ..model import HRMForCausalLM
 from ..tokenizer import get_tokenizer
 from .dashboard import draw_dashboard
@@ -38,7 +38,7 @@ from .recipes import TrainConfig
 from .rundir import find_checkpoint, make_directory
 from .sampler import Sampler, validation_windows
 from .shards import open_dataset
-from .validation import Reading, Validation, reported_depths
+from .validation import Validation, reported_depths
 
 VERIFIED_TOKENS = 500_000_000
 """Up to this many training tokens the shards' sha256 are checked at the start, a second or two; beyond, their sizes."""
@@ -142,7 +142,8 @@ class Pretraining:
         warmup = round(run.depth_warmup * run.steps) if run.driver == "head" and run.trains_head else 0
         share = run.explore if run.trains_head else 0.0
         self.exploration = Exploration(run.seed, self.config.hrm_max_steps, share, warmup)
-        self.price = Price(run.step_price, run.target_steps or None)
+        sees = 1 - (1 - share) ** (run.batch_size * run.accumulation)  # an explorer, in a step
+        self.price = Price(run.step_price, run.target_steps or None, price_rate(sees * run.steps))
         self.head = HeadTraining(self.model, run.halting, self.price, run.decisions) if run.trains_head else None
 
     def _data_summary(self) -> list[dict[str, Any]]:
@@ -150,7 +151,7 @@ class Pretraining:
         return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.datasets]
 
     def _resume(self, path: Path) -> None:
-        state = load_checkpoint(path, self.model, self.optimizer)
+        state = read_json(path / "state.json")
         changed = self.run.differences(state["run"])
         if state["data"] != [d.manifest["fingerprint"] for d in self.datasets]:
             changed.append("--data has other content than when the run began")
@@ -160,6 +161,7 @@ class Pretraining:
                 + "\n  ".join(changed)
                 + "\ngive the same options, or start a new run with --init-from and another --out"
             )
+        state = load_checkpoint(path, self.model, self.optimizer)
         if state["threads"] != torch.get_num_threads() and self.device.type == "cpu":
             warnings.warn(
                 f"the run used {state['threads']} threads and this process {torch.get_num_threads()}: it continues, "
@@ -182,7 +184,7 @@ class Pretraining:
         run, model = self.run, self.model
         self.val_loss = None  # it belonged to the weights before this step
         lr = learning_rate(self.step, run)
-        set_learning_rates(self.optimizer, lr, run.head_lr * (lr / run.lr if run.lr else 1.0))
+        set_learning_rates(self.optimizer, lr, run)
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses, numbers, executed, row_steps, n_explorers = [], [], [], [], 0
@@ -213,6 +215,9 @@ class Pretraining:
         self._require_finite(per_micro[:-1], per_micro[-1], numbers)
         head = self.head.finish(run.grad_clip) if self.head else None
         self._require_finite_head(head, numbers)
+        if self.head and head is None:  # with a gradient of 0 the optimizer's momentum would move it
+            for p in model.hrm_core.q_head.parameters():
+                p.grad = None
         depths = Counter(torch.cat(executed).tolist())
         ran = torch.stack(row_steps).sum(0).tolist()
         n_tokens = inputs.shape[1]
@@ -241,8 +246,9 @@ class Pretraining:
         if run.driver == "random":
             return self.exploration.random_depths(samples), None
         depths = self.exploration.depths(samples, self.step) if self.head else None
-        by_row = self.head is None or run.decisions == "row" or all(depths)
-        return depths, None if by_row else self.exploration.pooled(samples, self.config.block_size)
+        if run.decisions == "row" or not self.config.head_is_trained or all(depths or [0]):
+            return depths, None
+        return depths, self.exploration.pooled(samples, self.config.block_size)
 
     def _require_finite(self, losses: list[float], norm: float, numbers: list[np.ndarray]) -> None:
         if np.isfinite([*losses, norm]).all():
@@ -380,7 +386,7 @@ class Pretraining:
         if reading is None:
             return
         own = self._own_depth()
-        executed = reading.executed() if own is None else np.full(reading.losses.shape[:2], own)
+        executed = reading.executed(rule="head" if own is None else f"fixed:{own}")
         self.val_loss = reading.loss(executed)
         depths = reading.statistics(executed)
         record = {
@@ -393,25 +399,19 @@ class Pretraining:
             "loss_by_depth": {str(s): loss for s, loss in enumerate(reading.by_depth().tolist(), 1)},
             "mean_steps": depths.mean,
             "dispersion": depths.dispersion,
+            "applications": float(Costs.of(self.config).applications(executed).mean()),
             "depths": {str(s): n for s, n in enumerate(depths.histogram, 1)},
         }
         if own is None:
-            record |= self._against_rivals(reading, executed)
+            rivals = reading.rivals(executed, Costs.of(self.config), draws=0)
+            record |= {name: rival.loss for name, rival in rivals.items()}
+            record["gain_correlation"] = reading.gain_correlation(executed)
         self.metrics.write(record)
         self.trackers.log(self.step, record)
         self._print_evaluation(record, own, str(depths))
         if run.sample_tokens:
             print(f"  sample: {self._sample(own)!r}", flush=True)
         self._draw()
-
-    def _against_rivals(self, reading: Reading, executed: np.ndarray) -> dict[str, float]:
-        steps, blocks = (reading.compare(executed, costs) for costs in (None, Costs.of(self.config)))
-        return {
-            "fixed_at_equal_steps": steps.fixed,
-            "fixed_at_equal_blocks": blocks.fixed,
-            "shuffled": steps.shuffled,
-            "gain_correlation": reading.gain_correlation(executed),
-        }
 
     def _print_evaluation(self, record: dict[str, Any], own: int | None, depths: str) -> None:
         shown = reported_depths(self.config.hrm_max_steps)
@@ -424,7 +424,8 @@ class Pretraining:
         if own is None:
             histogram = " ".join(f"{s}:{n}" for s, n in record["depths"].items() if n)
             lines += [
-                f"executed steps: {depths}; {histogram}",
+                f"executed steps: {depths}; {histogram}; generated over the cache {record['applications']:.1f} block "
+                "applications a token",
                 f"rivals: fixed depths at equal steps {record['fixed_at_equal_steps']:.4f}, at equal block "
                 f"applications {record['fixed_at_equal_blocks']:.4f}, the same steps shuffled {record['shuffled']:.4f}",
             ]

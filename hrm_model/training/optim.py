@@ -37,10 +37,10 @@ def learning_rate(step: int, run: TrainConfig) -> float:
     return run.min_lr + (run.lr - run.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, head_lr: float) -> None:
-    """The rates of the next step: of the model, and of the halting head."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, run: TrainConfig) -> None:
+    """The rates of the next step: `lr`, and for the halting head its own, on the same schedule."""
     for group in optimizer.param_groups:
-        group["lr"] = head_lr if group["name"] == "head" else lr
+        group["lr"] = run.head_lr * (lr / run.lr if run.lr else 1.0) if group["name"] == "head" else lr
 
 
 def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:

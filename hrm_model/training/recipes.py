@@ -149,6 +149,11 @@ class TrainConfig:
                 "1/16 to 1/8 is usual"
             )
         yield from price_faults(self.step_price, self.target_steps or None)
+        if self.target_steps and not self.trains_head:
+            yield (
+                f"--target-steps {self.target_steps} steers a head that learns, and --halting {self.halting} has none; "
+                "use --halting policy"
+            )
         if self.gradient == "published" and self.gradient_steps > 1:
             yield f"--gradient-steps {self.gradient_steps} is for --gradient replay; the published one has 1"
         for name, allowed in _CHOICES.items():

@@ -6,15 +6,29 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..depth_statistics import Comparison, Costs, DepthStatistics, at_steps, bootstrap, rank_correlation, shuffled
+from ..depth_statistics import Comparison, Costs, DepthStatistics, bootstrap, rank_correlation, shuffled, within
 from ..exits import exits
-from ..halting import executed_steps
+from ..halting import executed_by
 from ..model import HRMForCausalLM
+
+
+class Rival(NamedTuple):
+    """A loss that learned depths have to beat, nats."""
+
+    loss: float
+    difference: float
+    """Learned minus rival: below 0 learned depths are better."""
+    interval: tuple[float, float] | None
+    """95 % interval of the difference, over windows."""
+
+    def is_beaten(self) -> bool:
+        """Beyond doubt: the whole interval is below 0."""
+        return self.interval is not None and self.interval[1] < 0
 
 
 @dataclass(frozen=True)
@@ -37,9 +51,11 @@ class Reading:
         """[S] nats per token at fixed depths."""
         return self.losses.astype(np.float64).mean((0, 1))
 
-    def executed(self, extra_bias: float = 0.0) -> np.ndarray:
-        """[N, T] the steps that each prefix decides, with `extra_bias` more for halting."""
-        return executed_steps(torch.from_numpy(self.margins + np.float32(extra_bias))).numpy()
+    def executed(self, extra_bias: float = 0.0, rule: str = "head") -> np.ndarray:
+        """[N, T] the steps that each prefix decides, with `extra_bias` more for halting; or those of another rule of
+        halting.executed_by."""
+        margins = torch.from_numpy(self.margins + np.float32(extra_bias))
+        return executed_by(rule, margins, torch.from_numpy(self.change)).numpy()
 
     def loss(self, executed: np.ndarray) -> float:
         """Nats per token at depths [N, T]."""
@@ -50,16 +66,9 @@ class Reading:
         """Of depths [N, T]."""
         return DepthStatistics.of(executed, self.max_steps)
 
-    def compare(
-        self, executed: np.ndarray, costs: Costs | None = None, windows: np.ndarray | None = None
-    ) -> Comparison:
-        """Depths [N, T] against fixed and shuffled ones at equal compute: equal steps, or with `costs` equal block
-        applications. windows: which of the N count (a bootstrap's draw)."""
-        return self.comparing(executed, costs)(slice(None) if windows is None else windows)
-
     def comparing(self, executed: np.ndarray, costs: Costs | None = None) -> Callable[[Any], Comparison]:
-        """`compare` as a function of which windows count: what each of them says is computed once, for any number of
-        draws."""
+        """Depths [N, T] against fixed and shuffled ones, as a function of which windows count (slice(None), or a draw
+        of a bootstrap). Compute is steps, or with `costs` block applications of windows generated token by token."""
         by_depth = self.losses.astype(np.float64).mean(1)
         learned = np.take_along_axis(self.losses, executed[..., None] - 1, -1).astype(np.float64).mean((1, 2))
         steps = executed.mean(1)
@@ -70,12 +79,32 @@ class Reading:
             fixed = by_depth[windows].mean(0)
             return Comparison(
                 float(learned[windows].mean()),
-                at_steps(fixed, spent[windows].mean()),
+                within(fixed, spent[windows].mean()),
                 shuffled(fixed, histogram[windows].sum(0)),
                 float(steps[windows].mean()),
             )
 
         return compared
+
+    def rivals(self, executed: np.ndarray, costs: Costs, draws: int = 1000) -> dict[str, Rival]:
+        """What depths [N, T] have to beat: fixed ones of no more steps, fixed ones of no more block applications, and
+        the same steps dealt out at random. draws: of the bootstrap over windows; 0 for no intervals."""
+        by_steps, by_blocks = self.comparing(executed), self.comparing(executed, costs)
+
+        def against(compared: Callable[[Any], Comparison], rival: str) -> Rival:
+            def difference(windows) -> float:
+                found = compared(windows)
+                return found.learned - getattr(found, rival)
+
+            everything = slice(None)
+            interval = self.interval(difference, draws) if draws else None
+            return Rival(getattr(compared(everything), rival), difference(everything), interval)
+
+        return {
+            "fixed_at_equal_steps": against(by_steps, "fixed"),
+            "fixed_at_equal_blocks": against(by_blocks, "fixed"),
+            "shuffled": against(by_steps, "shuffled"),
+        }
 
     def gain_correlation(self, executed: np.ndarray) -> float | None:
         """Spearman's correlation of depth with what all steps gain over one, l_1 - l_S."""
