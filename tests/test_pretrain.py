@@ -90,7 +90,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(flags, tmp_path):
 def test_depth_of_a_row_depends_on_its_sample_number_only(flags, tmp_path):
     for name, batch, accumulation in (("a", "8", "1"), ("b", "2", "4")):
         run = ["--out", str(tmp_path / name), "--batch-size", batch, "--accumulation", accumulation]
-        assert main([*flags, *run, "--halting", "none"]) == 0
+        assert main([*flags, *run, "--halting", "none", "--target-steps", "0"]) == 0
     a, b = ([r["depths"] for r in records(tmp_path / name, "train")] for name in ("a", "b"))
     assert a == b and len({json.dumps(d) for d in a}) > 1
 
@@ -106,7 +106,7 @@ def test_a_fixed_depth_is_every_rows_depth(flags, tmp_path):
 def test_the_head_can_set_the_depth_in_training_and_evaluation(flags, small_model, tmp_path, q, depth):
     """A head that was trained before, and is left as it is now."""
     start_from(decided(small_model, q, tmp_path / "decided", halting="policy"), flags)
-    assert main([*flags, "--halting", "none", "--depth", "head"]) == 0
+    assert main([*flags, "--halting", "none", "--target-steps", "0", "--depth", "head"]) == 0
     for kind in ("train", "eval"):
         assert all({d for d, n in r["depths"].items() if n} == {depth} for r in records(tmp_path / "run", kind))
     last = records(tmp_path / "run", "eval")[-1]
@@ -345,6 +345,9 @@ def test_resume_falls_back_to_the_newest_intact_checkpoint(flags, tmp_path):
 
 def test_resuming_with_other_options_lists_them(flags, small_dataset, tmp_path, capsys):
     assert main(flags) == 0
+    assert main([*flags, "--resume", "auto", "--halting", "gain"]) == 1, "the model's file differs, too"
+    error = capsys.readouterr().err
+    assert "--halting was 'policy', is 'gain'" in error and "--init-from" in error
     assert main([*flags, "--resume", "auto", "--lr", "0.02", "--seed", "5"]) == 1
     error = capsys.readouterr().err
     assert "--lr was 0.01, is 0.02" in error and "--seed was 1337, is 5" in error
@@ -434,6 +437,7 @@ def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(f
         (["--target-steps", "-2"], "--target-steps -2.0 is not a number of at least 1"),
         (["--target-steps", "nan"], "--target-steps nan is not a number of at least 1"),
         (["--target-steps", "3.5"], "--target-steps 3.5 is over hrm_max_steps 3 of the model"),
+        (["--halting", "none"], "--target-steps 1.5 steers a head that learns, and --halting none has none"),
         (["--explore", "0"], "--explore 0 leaves --halting policy nothing to learn from"),
         (["--explore", "1.5"], r"--explore 1.5 is outside 0\.\.1"),
         (["--depth-warmup", "2"], r"--depth-warmup 2.0 is outside 0\.\.1"),

@@ -194,7 +194,7 @@ def test_a_models_file_says_what_trained_its_head(flags, small_model, tmp_path):
     published = ("published", 0.35)
     expected = {"policy": ("policy", 0.0), "gain": ("gain", 0.0), "none": published, "published": published}
     for halting, found in expected.items():
-        assert main([*flags, "--halting", halting, "--out", str(tmp_path / halting)]) == 0
+        assert main([*flags, "--target-steps", "0", "--halting", halting, "--out", str(tmp_path / halting)]) == 0
         config = saved(tmp_path / halting, 1, "config.json")
         assert (config["halting"], config["halt_bias"]) == found, halting
 
