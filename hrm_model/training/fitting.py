@@ -24,12 +24,11 @@ from .device import autocast, choose_device, choose_dtype, choose_kernels
 from .head_fit import FIT_BYTES, PRICE_RATE, Fit, collect, fit
 from .ngram import ngram_losses
 from .prepare import ensure_default_dataset
+from .reports import NEAR_TARGET
 from .sampler import Sampler, validation_windows
 from .shards import open_dataset
 from .validation import Reading, read_windows
 
-NEAR_TARGET = 0.25
-"""Steps that a mean may be off its target without a word."""
 FREE = 1e-3
 """Nats: a step at less costs next to nothing, 1/10 of the usual price."""
 

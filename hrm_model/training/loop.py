@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -25,6 +22,7 @@ from ..generate import generate
 from ..halting import Exploration, Price, price_rate
 from ..model import HRMForCausalLM
 from ..tokenizer import get_tokenizer
+from .clock import Clock, duration
 from .dashboard import draw_dashboard
 from .device import autocast, choose_device, choose_dtype, choose_kernels, compile_blocks, make_deterministic
 from .flops import exploring_flops, peak_flops, training_flops
@@ -35,10 +33,11 @@ from .ngram import ngram_losses
 from .optim import build_optimizer, clip_gradients, learning_rate, set_learning_rates
 from .provenance import RUN_FILE, add_resume, write_provenance
 from .recipes import TrainConfig
+from .reports import depth_plan, evaluation, missed_target
 from .rundir import find_checkpoint, make_directory
 from .sampler import Sampler, validation_windows
 from .shards import open_dataset
-from .validation import Validation, reported_depths
+from .validation import Validation
 
 VERIFIED_TOKENS = 500_000_000
 """Up to this many training tokens the shards' sha256 are checked at the start, a second or two; beyond, their sizes."""
@@ -316,7 +315,7 @@ class Pretraining:
 
     def _train(self, stop: Interrupt) -> None:
         run = self.run
-        clock = _Clock(self.step)
+        clock = Clock(self.step)
         recent: list[StepResult] = []
         while self.step < run.steps and not stop:
             result = self.train_step()
@@ -339,7 +338,7 @@ class Pretraining:
         """Whether the last step's weights have been evaluated, which is the end of a run."""
         return any(r["kind"] == "eval" and r["step"] == self.run.steps for r in self.metrics.records)
 
-    def _log(self, recent: list[StepResult], clock: _Clock) -> None:
+    def _log(self, recent: list[StepResult], clock: Clock) -> None:
         """One line for the steps since the last one: mean loss, all their depths; rate and norm of the newest."""
         run, newest = self.run, recent[-1]
         loss = sum(r.loss for r in recent) / len(recent)
@@ -370,7 +369,7 @@ class Pretraining:
             f"grad norm {newest.grad_norm:.3f}  steps {mean_steps:.2f}  {tokens_per_s:,.0f} tok/s  "
             + (f"MFU {mfu:.1%}  " if mfu else "")
             + (f"head {head.depths().mean:.2f} at price {head.price:.3g}  " if head else "")
-            + f"left {_duration(clock.remaining(self.step, run.steps))}",
+            + f"left {duration(clock.remaining(self.step, run.steps))}",
             flush=True,
         )
 
@@ -408,28 +407,10 @@ class Pretraining:
             record["gain_correlation"] = reading.gain_correlation(executed)
         self.metrics.write(record)
         self.trackers.log(self.step, record)
-        self._print_evaluation(record, own, str(depths))
+        print(evaluation(record, own, depths), flush=True)
         if run.sample_tokens:
             print(f"  sample: {self._sample(own)!r}", flush=True)
         self._draw()
-
-    def _print_evaluation(self, record: dict[str, Any], own: int | None, depths: str) -> None:
-        shown = reported_depths(self.config.hrm_max_steps)
-        protocol = "at the depth each prefix decides" if own is None else f"{own} step{'s' * (own > 1)}"
-        lines = [
-            f"val loss {record['val_loss']:.4f} ({protocol}; unigram {record['unigram']:.4f}, bigram "
-            f"{record['bigram']:.4f})  {record['bits_per_byte']:.3f} bits/byte",
-            "val loss by depth: " + "  ".join(f"{s}: {record['loss_by_depth'][str(s)]:.4f}" for s in shown),
-        ]
-        if own is None:
-            histogram = " ".join(f"{s}:{n}" for s, n in record["depths"].items() if n)
-            lines += [
-                f"executed steps: {depths}; {histogram}; generated over the cache {record['applications']:.1f} block "
-                "applications a token",
-                f"rivals: fixed depths at equal steps {record['fixed_at_equal_steps']:.4f}, at equal block "
-                f"applications {record['fixed_at_equal_blocks']:.4f}, the same steps shuffled {record['shuffled']:.4f}",
-            ]
-        print("\n".join("  " + line for line in lines), flush=True)
 
     def _sample(self, depth: int | None) -> str:
         tokenizer = get_tokenizer()
@@ -476,22 +457,12 @@ class Pretraining:
             f"data    {', '.join(map(str, run.data))}: {n_train:,} training tokens, "
             f"{len(self.validation.inputs)} validation windows of {c.block_size}\n"
             f"run     {run.steps} steps of {run.batch_size * run.accumulation} x {c.block_size} tokens, "
-            f"{self._depth_summary()}, in {self.out}\n"
+            f"{depth_plan(run, self.exploration.warmup)}, in {self.out}\n"
             f"device  {self.device}, {str(self.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
             + ("a resumed run gives the same bits" if exact else "resuming keeps the data order, not every bit")
             + f"\nkernels {self.kernels}",
             flush=True,
         )
-
-    def _depth_summary(self) -> str:
-        run = self.run
-        depth = run.depth if run.driver == "fixed" else run.driver
-        if self.exploration.warmup:
-            depth = f"random for {self.exploration.warmup} steps, then {depth}"
-        price = f" at {run.step_price:g} nats a step" if run.trains_head else ""
-        steered = f", steered to {run.target_steps:g} steps" if run.target_steps and run.trains_head else ""
-        last = f", last {run.gradient_steps} steps with gradient" if run.gradient_steps > 1 else ""
-        return f"depth {depth}, halting {run.halting}{price}{steered}, gradient {run.gradient}{last}"
 
     def _print_summary(self) -> None:
         last = next((r for r in reversed(self.metrics.records) if r["kind"] == "eval"), None)
@@ -499,46 +470,10 @@ class Pretraining:
             gain = last["unigram"] - last["val_loss"]
             side = "under" if gain >= 0 else "over"
             print(f"done: val loss {last['val_loss']:.4f}, {abs(gain):.4f} nats {side} the unigram model's", flush=True)
+            if missed := missed_target(self.run, last["mean_steps"], self.price.value):
+                print(missed, flush=True)
         print(
             f"checkpoint {self.saved}\nbest       {best_checkpoint(self.out)}\n"
             f"picture    {self.out / 'dashboard.png'}\nmetrics    {self.out / 'metrics.jsonl'}",
             flush=True,
         )
-
-
-class _Clock:
-    """Tokens and FLOPs per second of training alone, and the time left."""
-
-    def __init__(self, first_step: int):
-        self._first_step = first_step
-        self._begin = self._mark = time.perf_counter()
-        self._tokens = self._flops = 0.0
-
-    def add(self, tokens: int, flops: float) -> None:
-        self._tokens += tokens
-        self._flops += flops
-
-    def rates(self) -> tuple[float, float]:
-        """Since the last call."""
-        now = time.perf_counter()
-        seconds = max(now - self._mark, 1e-9)
-        rates = self._tokens / seconds, self._flops / seconds
-        self._mark, self._tokens, self._flops = now, 0.0, 0.0
-        return rates
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """A region whose time does not count."""
-        begin = time.perf_counter()
-        yield
-        self._mark += time.perf_counter() - begin
-
-    def remaining(self, step: int, steps: int) -> float:
-        """Seconds, evaluation and saving included at the rate they have taken so far."""
-        return (time.perf_counter() - self._begin) / (step - self._first_step) * (steps - step)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
