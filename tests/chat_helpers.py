@@ -26,16 +26,27 @@ ANSWER = "Hello to you."
 
 
 def learn(path: Path) -> Path:
-    """Save a model that always says ANSWER to `path`."""
+    """Save a model that always says ANSWER to `path`. On one thread: what it learns does not depend on the cores, and
+    two threads on a busy machine take ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return save_model(_taught(), path)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _taught() -> HRMForCausalLM:
     tokenizer = get_tokenizer()
     torch.manual_seed(0)
     model = HRMForCausalLM(HRMConfig(**SHAPE))
     rows = []
-    for turns in (turn("Hi", ANSWER), turn("Hi", ANSWER) + turn("How are you?", ANSWER)):
+    hi = turn("Hi", ANSWER)
+    for turns in (hi, hi + turn("How are you?", ANSWER), hi + hi):
         ids, is_answer = encode(turns, tokenizer)
         targets = [i if answer else -1 for i, answer in zip(ids[1:], is_answer[1:], strict=True)]
         rows.append((torch.tensor([ids[:-1]]), torch.tensor([targets])))
-    n_steps, lr = 120, 0.01
+    n_steps, lr = 180, 0.01
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     model.train()
     for step in range(n_steps):
@@ -45,7 +56,7 @@ def learn(path: Path) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return save_model(model, path)
+    return model
 
 
 def turn(question: str, answer: str) -> list[dict[str, str]]:

@@ -109,13 +109,6 @@ def test_the_committed_text_records_are_drawn(tmp_path, capsys):
     assert "learned_depth_pays" in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.slow
-def test_a_task_is_learned_and_its_depth_too(monkeypatch, capsys):
-    """The whole command at a third of its size, on a seed that the records do not have."""
-    assert halting_tasks.main(["--tasks", "permutations", "--seeds", "11", "--steps", "800", "--workers", "1"]) == 0
-    assert "DOES NOT HOLD" not in capsys.readouterr().out
-
-
 def test_text_is_measured_at_every_depth(small_dataset, small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(halting_text, "DRAWS", 20)
     monkeypatch.setattr(halting_text, "FIT_WINDOWS", 8)
