@@ -38,8 +38,8 @@ class Exits:
     """[B, P, S, 2] float32, [halt, continue] after each step."""
     weights: Tensor
     """[B, P] float32: 1, or 0 where there is no target."""
-    change: Tensor
-    """[B, P, S] float32: relative change of z_H in each step; inf where it was 0 before."""
+    change: Tensor | None
+    """[B, P, S] float32: relative change of z_H in each step; inf where it was 0 before. None unless kept."""
     means: Tensor | None
     """[B, P, S, C] float32, what the head saw; None unless asked for."""
 
@@ -59,6 +59,7 @@ def exits(
     decisions: str = "prefix",
     max_steps: int | None = None,
     keep_means: bool = False,
+    keep_change: bool = True,
 ) -> Exits:
     """Unroll rows through all S steps and decode each exit.
 
@@ -69,6 +70,7 @@ def exits(
         model: an HRMForCausalLM; it runs in eval mode and is left as it was.
         ids_BT, targets, lengths: as in HRMForCausalLM.forward; on the model's device.
         decisions: "prefix" or "row". max_steps: S; default the model's. keep_means: keep what the head saw.
+        keep_change: measure how far z_H moves, which training has no use for.
 
     Raises:
         ValueError: unknown decisions.
@@ -87,8 +89,9 @@ def exits(
             found["q"].append(_scores(model, means))
             if keep_means:
                 found["means"].append(means)
-            moved, size = (_prefix_norms(t) for t in (z_H - before, before))
-            found["change"].append(pick.prefixes(moved / size).float())
+            if keep_change:
+                moved, size = (_prefix_norms(t) for t in (z_H - before, before))
+                found["change"].append(pick.prefixes(moved / size).float())
             found["losses"].append(
                 pick.losses(model.loss(model.decode(z_H, rotary, lengths), targets, lengths, "none"))
             )

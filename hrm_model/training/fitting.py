@@ -235,7 +235,7 @@ def _histogram(counts: list[int]) -> str:
 def _progress(iterations: int):
     from tqdm import tqdm
 
-    bar = tqdm(total=iterations, unit=" iterations", leave=False)
+    bar = tqdm(total=iterations, unit=" iterations", leave=False, disable=None)  # a log is no terminal
 
     def update(bar, i: int, loss: float) -> None:
         bar.update(1)

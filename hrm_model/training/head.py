@@ -104,7 +104,7 @@ class HeadTraining:
             part = slice(start, start + group)
             found = exits(
                 self.model, ids_BT[part], targets[part], None if lengths is None else lengths[part],
-                decisions=self.decisions, keep_means=True,
+                decisions=self.decisions, keep_means=True, keep_change=False,
             )  # fmt: skip
             self.add_exits(found)
 

@@ -57,7 +57,7 @@ def collect(
     means, losses = [], []
     for ids, targets in batches:
         with autocast():
-            found = exits(model, ids, targets, decisions=decisions, keep_means=True)
+            found = exits(model, ids, targets, decisions=decisions, keep_means=True, keep_change=False)
         for row in range(len(ids)):
             real = found.weights[row].nonzero()[:, 0]
             if len(real) > most:
