@@ -1,6 +1,6 @@
 """Does a trained halting head stop when a task is done? Tasks of known depth, every objective, against fixed depths.
 
-    python bench/halting_tasks.py                         # three tasks, three seeds, half an hour on two idle cores
+    python bench/halting_tasks.py                         # three tasks, three seeds
     python bench/halting_tasks.py --tasks delayed --seeds 7 8 9
     python bench/halting_tasks.py --save --plot docs/halting-tasks.png
     python bench/halting_tasks.py --from bench/results/halting_tasks.jsonl --plot picture.png     # draws it again
