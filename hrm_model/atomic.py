@@ -27,7 +27,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
-_OUR_FILES = {MANIFEST, "config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+_OUR_FILES = re.compile(r"(manifest|config|state)\.json|(model|optimizer|ema)(-\d{5}-of-\d{5})?\.safetensors")
 _STALE_AFTER_S = 3600
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _TEMPORARY = re.compile(r"\.(?P<kind>tmp|old)-(?P<name>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.(?P<space>[A-Za-z0-9-]*)")
@@ -76,7 +76,7 @@ def atomic_directory(target: str | Path, overwrite: bool = False, needed_bytes: 
         put_in_place(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # before the message counts free bytes
-        raise _write_error(error, target, needed_bytes) from error
+        raise write_error(error, target, needed_bytes) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _in_use.discard(temporary)
@@ -253,7 +253,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _foreign_files(directory: Path) -> list[str]:
-    names = {entry.name for entry in directory.iterdir()} - _OUR_FILES
+    names = {entry.name for entry in directory.iterdir() if not _OUR_FILES.fullmatch(entry.name)}
     try:
         return sorted(names - read_manifest(directory).keys())
     except CheckpointError:  # a damaged save may be replaced too
@@ -344,7 +344,7 @@ def _is_abandoned(entry: Path, match: re.Match) -> bool:
     return time.time() - newest > _STALE_AFTER_S
 
 
-def _write_error(error: Exception, target: Path, needed_bytes: int | None) -> CheckpointError:
+def write_error(error: Exception, target: Path, needed_bytes: int | None) -> CheckpointError:
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])

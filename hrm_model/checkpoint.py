@@ -1,7 +1,8 @@
 """Saves and loads models, and a training run's checkpoints.
 
     a model         DIR/  config.json  model.safetensors  manifest.json
-    a checkpoint    RUN/checkpoints/step-00000123/  the same, and  optimizer.safetensors  state.json
+    a checkpoint    RUN/checkpoints/step-00000123/  the same, and  optimizer.safetensors  state.json, perhaps
+                    ema.safetensors, an average of the weights that loads as a model, too
 
 Directories are written whole or not at all (atomic.py), every file has its sha256 in the manifest, and
 nothing that is read can run code (safetensors and JSON; published.py for the authors' .pt files). A
@@ -16,13 +17,15 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .atomic import (
     MANIFEST,
@@ -34,12 +37,16 @@ from .atomic import (
     remove_directory,
     remove_leftovers,
     verify,
+    write_error,
     write_json,
 )
 from .config import HRMConfig
 from .model import HRMForCausalLM
 from .published import read_published
+from .ranks import ALONE, OtherRankError, Ranks
+from .sharded import files_of, read_whole, spread_like, write_part
 from .tensors import (
+    TIED,
     apply_optimizer,
     check_fit,
     check_optimizer,
@@ -48,10 +55,9 @@ from .tensors import (
     nbytes,
     pack_optimizer,
     plain,
-    read_optimizer,
-    read_tensors,
     restore_random_states,
     to_store,
+    unpack_optimizer,
     unwrap,
 )
 
@@ -67,8 +73,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimizer.safetensors", "state.json"
-_MODEL_FILES = (CONFIG, WEIGHTS)
-_STEP_FILES = (CONFIG, WEIGHTS, OPTIMIZER, STATE)
+AVERAGE = "ema.safetensors"
 _STEP_NAME = re.compile(r"step-\d{8,}")
 # What retention has hashed in this process: path -> its files' size, time and inode. Files are hashed
 # again once these change; every load hashes regardless.
@@ -126,13 +131,13 @@ def load_model(
     if source.suffix == ".safetensors":
         directory, weights = source.parent, source
         if (directory / MANIFEST).exists():
-            verify(directory, only=(CONFIG, weights.name))
+            verify(directory, only=(CONFIG, *files_of(weights.name, read_manifest(directory))))
         values = read_json(directory / CONFIG)
         try:
             config = HRMConfig.from_dict(values)
         except ValueError as error:
             raise CheckpointError(f"{directory / CONFIG}: {error}") from error
-        tensors, _ = read_tensors(weights)
+        tensors, _ = read_whole(directory, weights.name)
     else:
         config, tensors = read_published(source)
     # Drawing initial weights that are overwritten at once must not move the caller's random state.
@@ -155,6 +160,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep_last: int = 3,
     best: int | None = None,
+    average: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write run_dir/checkpoints/step-XXXXXXXX and then delete the checkpoints that are no longer kept.
 
@@ -171,6 +178,9 @@ def save_checkpoint(
         keep_last: how many of the newest to keep, at least 1.
         best: the step whose checkpoint is the best; default the lowest finite state["val_loss"], of
             equals the newest.
+        average: parameters' averages by name, which become ema.safetensors.
+        ranks: the processes that save together, each what it holds of tensors in shards (sharded.py); all have to see
+            the directory.
 
     Returns:
         The checkpoint's directory.
@@ -187,18 +197,39 @@ def save_checkpoint(
         raise ValueError(f"state['step'] is {state['step']!r}, but the checkpoint is of step {step}; leave it out")
     values = {key: plain(value, f"state[{key!r}]") for key, value in state.items()} | {"step": step}
     model = unwrap(model)
-    weights = to_store(model.state_dict())
+    weights = model.state_dict()
     optimizer_tensors, metadata = pack_optimizer(model, optimizer)
+    files = {WEIGHTS: (weights, {}), OPTIMIZER: (optimizer_tensors, metadata)}
+    if average is not None:
+        files[AVERAGE] = ({name: average[_source_of(name, average)] for name in weights}, {})
     target = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-    with atomic_directory(target, True, nbytes(weights) + nbytes(optimizer_tensors)) as directory:
-        write_json(directory / CONFIG, _config_dict(model))
-        write_json(directory / STATE, values)
-        save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
-        save_file(to_store(optimizer_tensors), directory / OPTIMIZER, metadata={"format": "pt"} | metadata)
-    _found_intact[target] = _signature(target)
-    remove_leftovers(target.parent)
-    _retain(target, keep_last, best)
+    needed = sum(nbytes(tensors) for tensors, _ in files.values())
+    with ExitStack() as stack:
+        directory = ranks.first(lambda: stack.enter_context(atomic_directory(target, True, needed)))
+        problem = None
+        try:
+            for name, (tensors, about) in files.items():
+                write_part(directory, name, tensors, about, ranks)
+            if ranks.is_first:
+                write_json(directory / CONFIG, _config_dict(model))
+                write_json(directory / STATE, values)
+        except (OSError, SafetensorError) as error:
+            problem = error
+        if ranks.size > 1 and ranks.any(problem is not None) and problem is None:
+            raise OtherRankError("another process could not write its part of a checkpoint; its message says why")
+        if problem is not None:
+            raise problem if ranks.is_first else write_error(problem, target, needed) from problem
+        ranks.first(stack.pop_all().close)
+    if ranks.is_first:
+        _found_intact[target] = _signature(target)
+        remove_leftovers(target.parent)
+        _retain(target, keep_last, best)
     return target
+
+
+def _source_of(name: str, average: Mapping[str, Tensor]) -> str:
+    """The parameter that a state dict's key stands for: of a tied pair the average has one."""
+    return name if name in average else TIED[1 - TIED.index(name)]
 
 
 def load_checkpoint(
@@ -225,18 +256,33 @@ def load_checkpoint(
     verify_checkpoint(path)
     model = unwrap(model)
     _compare_configs(path / CONFIG, model)
-    weights, _ = read_tensors(path / WEIGHTS)
+    weights, _ = read_whole(path, WEIGHTS)
     check_fit(model.state_dict(), weights, path / WEIGHTS)
-    saved = read_optimizer(path / OPTIMIZER)
+    saved = unpack_optimizer(path / OPTIMIZER, *read_whole(path, OPTIMIZER))
     state = read_json(path / STATE)
     if optimizer is not None:
         check_optimizer(saved, model, optimizer)
     if restore_rng:
         restore_random_states(saved)
-    copy_into(model.state_dict(), weights)
+    copy_into(model.state_dict(), weights, spread_like)
     if optimizer is not None:
-        apply_optimizer(saved, model, optimizer)
+        apply_optimizer(saved, model, optimizer, spread_like)
     return state
+
+
+def load_average(path: str | Path, average: Mapping[str, Tensor]) -> None:
+    """Put what a checkpoint has of an average into `average`, by parameter name.
+
+    Raises:
+        CheckpointError: it has none, or one of another model.
+    """
+    path = Path(path)
+    names = files_of(AVERAGE, read_manifest(path))
+    if names[0] not in read_manifest(path):
+        raise CheckpointError(f"{path} has no {AVERAGE}: its run kept no average; resume without --ema")
+    tensors, _ = read_whole(path, AVERAGE)
+    check_fit(average, {name: tensors[name] for name in tensors if name in average}, path / AVERAGE)
+    copy_into(average, tensors, spread_like)
 
 
 def verify_checkpoint(path: str | Path) -> None:
@@ -247,7 +293,11 @@ def verify_checkpoint(path: str | Path) -> None:
             missing, of another size or with other bytes, JSON that cannot be read.
     """
     path = Path(path)
-    verify(path, required=_STEP_FILES if _STEP_NAME.fullmatch(path.name) else _MODEL_FILES)
+    there = read_manifest(path)
+    required = [CONFIG, *files_of(WEIGHTS, there)]
+    if _STEP_NAME.fullmatch(path.name):
+        required += [*files_of(OPTIMIZER, there), STATE]
+    verify(path, required)
 
 
 def latest_checkpoint(run_dir: str | Path, warn: Callable[[str], None] | None = None) -> Path | None:
@@ -290,7 +340,8 @@ def _resolve(path: Path) -> Path:
         if path.suffix == ".safetensors" and not (path.parent / CONFIG).exists():
             raise CheckpointError(f"{path} has no {CONFIG} beside it; put the model's there")
         return path
-    if (path / WEIGHTS).exists() and (path / CONFIG).exists():
+    names = [entry.name for entry in path.iterdir()]
+    if CONFIG in names and files_of(WEIGHTS, names)[0] in names:
         return path / WEIGHTS
     if (path / "checkpoints").is_dir():
         broken: list[str] = []

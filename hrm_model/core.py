@@ -11,10 +11,12 @@ The loop is host_loop.py, or hrm_kernels' where kernels run; both give the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import hrm_kernels as ops
 
@@ -75,13 +77,21 @@ class HRMCore(nn.Module):
 
     def step(
         self, x: Tensor, z_H: Tensor, z_L: Tensor, rotary: Tensor | None, lengths: Tensor | None,
-        pasts: Pasts | None = None,
+        pasts: Pasts | None = None, window: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """One HRM step on [B, T, C] tensors; returns (z_H, z_L)."""
-        for _ in range(self.config.hrm_H_cycles):
-            for _ in range(self.config.hrm_L_cycles):
-                z_L = self.L_level(z_L, z_H + x, rotary, lengths, pasts)
-            z_H = self.H_level(z_H, z_L, rotary, lengths, pasts)
+        """One HRM step on [B, T, C] tensors; returns (z_H, z_L). window: how many of its last level applications have a
+        gradient, all by default; the others run without."""
+        levels = ("L",) * self.config.hrm_L_cycles + ("H",)
+        levels *= self.config.hrm_H_cycles
+        without = 0 if window is None else max(len(levels) - window, 0)
+        for number, level in enumerate(levels):
+            if 0 < number == without:
+                torch.clear_autocast_cache()  # see forward
+            with torch.no_grad() if number < without else nullcontext():
+                if level == "L":
+                    z_L = self.L_level(z_L, z_H + x, rotary, lengths, pasts)
+                else:
+                    z_H = self.H_level(z_H, z_L, rotary, lengths, pasts)
         return z_H, z_L
 
     def initial_state(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +116,7 @@ class HRMCore(nn.Module):
         gradient: str = "replay",
         gradient_steps: int = 1,
         pooled: Tensor | None = None,
+        window: int | None = None,
     ) -> CoreOutput:
         """Run every row to its own depth.
 
@@ -126,6 +137,7 @@ class HRMCore(nn.Module):
                 which goes on updating it, is bench/published.py.
             gradient_steps: K, for "replay".
             pooled: [B] int64, the leading tokens over which the mean of a row's decision runs; default its length.
+            window: of the replayed step, how many of the last level applications have a gradient; default all.
         """
         batch = Batch(
             x, rotary, lengths,
@@ -148,7 +160,7 @@ class HRMCore(nn.Module):
         # in the loop have no gradient history, and the replay would silently reuse them (pytorch issue 112583): the
         # core's weights would then get no gradient. Casting them once more is all that this costs.
         torch.clear_autocast_cache()
-        return self.replay(batch, found)
+        return self.replay(batch, found, window)
 
     def loop(self, batch: Batch, before_last: bool = False) -> ops.LoopResult:
         """Run every row without gradient: to its last step, or with `before_last` to the state before it.
@@ -190,7 +202,7 @@ class HRMCore(nn.Module):
                     z_H, z_L = found.z_H, found.z_L
             yield z_H
 
-    def replay(self, batch: Batch, found: ops.LoopResult) -> CoreOutput:
+    def replay(self, batch: Batch, found: ops.LoopResult, window: int | None = None) -> CoreOutput:
         """Each row's last step with gradient: once more where it halted in the loop, for the first time elsewhere. No
         synchronisation."""
         told = torch.tensor([batch.limit, batch.may_halt], dtype=torch.int64, device="cpu")
@@ -200,7 +212,7 @@ class HRMCore(nn.Module):
         first = (executed == 1)[:, None, None]
         init_H, init_L = self.initial_state(batch.x)
         z_H, z_L = torch.where(first, init_H, found.z_H), torch.where(first, init_L, found.z_L)
-        z_H, z_L = self.step(batch.x, z_H, z_L, batch.rotary, batch.lengths)
+        z_H, z_L = self.step(batch.x, z_H, z_L, batch.rotary, batch.lengths, window=window)
         with torch.no_grad():
             q, halt = self.q_values(z_H, batch.halt_bias, batch.decides_on())
             # what a row decided in the loop stays: the replay may round elsewhere
@@ -240,7 +252,7 @@ class HRMCore(nn.Module):
     def why_not_plain(self) -> str | None:
         """The loop's kernels see parameters, not modules: the reason if that would leave something out, else None."""
         for name, module in self.named_modules():
-            if type(module) not in _PLAIN:
+            if type(module) not in _PLAIN and not (module is self and isinstance(module, FSDPModule)):
                 return f"{name} is a {type(module).__name__}, which the loop's kernels do not know"
             if module is not self and (module._forward_hooks or module._forward_pre_hooks):
                 return f"{name} has a forward hook, which the loop's kernels would not call"

@@ -249,7 +249,7 @@ class Exploration:
             return depths
         return [depth if explores else 0 for depth, explores in zip(depths, self.explorers(samples), strict=True)]
 
-    def pooled(self, samples: Sequence[int], n_tokens: int) -> list[int]:
-        """Of each row the length of the prefix that decides its depth, uniform over 1..n_tokens. A mean over the whole
-        row would tell its early positions about its late tokens."""
-        return keyed_integers(self.seed, samples, 1, n_tokens, POSITION_STREAM).tolist()
+    def pooled(self, samples: Sequence[int], lengths: int | Sequence[int]) -> list[int]:
+        """Of each row the length of the prefix that decides its depth, uniform over 1..lengths (one for all, or one for
+        each). A mean over the whole row would tell its early positions about its late tokens."""
+        return keyed_integers(self.seed, samples, 1, lengths, POSITION_STREAM).tolist()

@@ -19,6 +19,8 @@ TOKEN_STREAM = 4
 """Of generation's row r: TOKEN_STREAM + 256 r."""
 POSITION_STREAM = 5
 EXPLORER_STREAM = 6
+DROPOUT_STREAM = 7
+"""Of process r: DROPOUT_STREAM + 256 r. The sample number is the optimizer step."""
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:
@@ -36,20 +38,22 @@ def keyed_uniform(seed: int, sample: int, stream: int) -> float:
     return int(keyed_words(seed, sample, 1, stream)[0, 0] >> np.uint64(11)) * 2.0**-53
 
 
-def keyed_integers(seed: int, samples: Sequence[int], low: int, high: int, stream: int) -> np.ndarray:
-    """One integer in low..high (both included) for each sample number, int64 [len(samples)].
+def keyed_integers(seed: int, samples: Sequence[int], low: int, high: int | Sequence[int], stream: int) -> np.ndarray:
+    """One integer in low..high (both included; `high` may be one for each) for each sample number, int64 [len(samples)].
 
     Each is a function of (seed, its sample number, stream), whatever else is in `samples`: with stream a
     constant of one's own this draws a row's depth. Raises ValueError when low > high.
     """
-    if low > high:
-        raise ValueError(f"low {low} is above high {high}; both are included, so they may be equal")
     samples = np.asarray(samples, dtype=np.int64)
+    highs = np.broadcast_to(np.asarray(high, dtype=np.int64), samples.shape).tolist()
+    if low > min(highs, default=low):
+        raise ValueError(f"low {low} is above high {min(highs)}; both are included, so they may be equal")
     if len(samples) and np.array_equal(samples, np.arange(samples[0], samples[0] + len(samples))):
         words = keyed_words(seed, int(samples[0]), len(samples), stream)[:, 0].tolist()
     else:
         words = [int(keyed_words(seed, i, 1, stream)[0, 0]) for i in samples.tolist()]
-    return np.array([low + scaled(word, high - low + 1) for word in words], dtype=np.int64)
+    drawn = [low + scaled(word, most - low + 1) for word, most in zip(words, highs, strict=True)]
+    return np.array(drawn, dtype=np.int64)
 
 
 def scaled(word: int, n: int) -> int:

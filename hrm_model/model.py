@@ -102,8 +102,11 @@ class HRMForCausalLM(nn.Module):
         halt_bias: float | None = None,
         gradient: str = "replay",
         gradient_steps: int = 1,
+        gradient_window: int | None = None,
         pooled: Tensor | Sequence[int] | None = None,
         return_logits: bool = False,
+        reduction: str = "mean",
+        z_loss: float = 0.0,
     ) -> HRMOutput:
         """One pass over a batch of right-padded rows; a row's result depends on nothing but that row.
 
@@ -114,12 +117,16 @@ class HRMForCausalLM(nn.Module):
             max_steps: this call's hrm_max_steps.
             force_steps: exact steps for every row (int) or each row ([B]); in a list, 0 lets the head decide.
             halt_bias: added to q_halt; default config.halt_bias in eval mode, 0 in training mode.
-            gradient: "replay" (each row's last step) or "published" (only rows that run all steps; the loss then
+            gradient: "replay" (each row's last step) or "published" (only rows that run all steps; a mean loss then
                 carries the published 0.01 * mean(steps_taken), a constant).
             gradient_steps: with "replay", how many of each row's last steps have a gradient; memory grows with it.
+            gradient_window: with "replay" of one step, how many of its last level applications have a gradient, at
+                least 2 (one of each level); default all.
             pooled: [B] integers, 1..length: the leading tokens whose mean decides a row's depth, and gives q_logits;
                 default its length. Training on a prefix's decision takes less than the whole row.
             return_logits: give logits beside the loss.
+            reduction: "mean" over real targets or their "sum", which parts of a batch can be added up from.
+            z_loss: weight of the squared log-partition in the loss, nats (PaLM, 2022, section 5).
 
         Raises:
             ValueError: an argument out of range; the message names the value, the limit and the remedy.
@@ -135,6 +142,10 @@ class HRMForCausalLM(nn.Module):
             raise ValueError(
                 f"gradient_steps {gradient_steps!r} must be an integer of at least 1, and 1 unless replayed"
             )
+        if gradient_window is not None:
+            self._check_window(gradient_window, gradient, gradient_steps)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction {reduction!r} is none of mean, sum")
         if halt_bias is None:
             halt_bias = 0.0 if self.training else self.config.halt_bias
         check_halt_bias(halt_bias)
@@ -143,7 +154,9 @@ class HRMForCausalLM(nn.Module):
         x_BTC = self.embed(ids_BT)
         for block in self.input_blocks:
             x_BTC = block.apply_to(x_BTC, rotary, lengths)
-        core = self.hrm_core(x_BTC, rotary, lengths, forced, max_steps, halt_bias, gradient, gradient_steps, pooled)
+        core = self.hrm_core(
+            x_BTC, rotary, lengths, forced, max_steps, halt_bias, gradient, gradient_steps, pooled, gradient_window
+        )
         h_BTC = self.decode(core.z_H, rotary, lengths)
         if torch.is_grad_enabled():
             h_BTC = _with_gradients(h_BTC, self._maybe_unused(gradient))
@@ -151,8 +164,8 @@ class HRMForCausalLM(nn.Module):
         loss = None
         steps_taken = core.executed_steps - core.halted.long()
         if targets is not None:
-            loss = self.loss(h_BTC, targets, lengths)
-            if gradient == "published" and self.training:
+            loss = self.loss(h_BTC, targets, lengths, reduction, z_loss)
+            if gradient == "published" and self.training and reduction == "mean":
                 loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
         logits = self.lm_head(h_BTC) if targets is None or return_logits else None
         return HRMOutput(logits, loss, steps_taken, core.executed_steps, core.q_logits, core.row_steps)
@@ -184,13 +197,15 @@ class HRMForCausalLM(nn.Module):
             z_H = block.apply_to(z_H, rotary, lengths, None if pasts is None else next(pasts))
         return self.ln_f(z_H)
 
-    def loss(self, h_BTC: Tensor, targets: Tensor, lengths: Tensor | None, reduction: str = "mean") -> Tensor:
+    def loss(
+        self, h_BTC: Tensor, targets: Tensor, lengths: Tensor | None, reduction: str = "mean", z_loss: float = 0.0
+    ) -> Tensor:
         """Cross-entropy of hidden states [B, T, C] against targets [B, T], -1 and padding ignored."""
         if lengths is not None:
             padding = torch.arange(targets.shape[1], device=targets.device) >= lengths[:, None]
             targets = targets.masked_fill(padding, IGNORE)
         h_MC = h_BTC.reshape(-1, h_BTC.shape[-1])
-        return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets.reshape(-1), IGNORE, reduction)
+        return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets.reshape(-1), IGNORE, reduction, z_loss)
 
     def generate(self, ids_BT: Tensor, max_new_tokens: int, *args, **options) -> Tensor | Generated | Generation:
         """Continue each row; see hrm_model.generate.generate for the options and results."""
@@ -205,6 +220,16 @@ class HRMForCausalLM(nn.Module):
             return self.parameters()
         core = self.hrm_core
         return core.H_init, core.L_init, *core.q_head.parameters()
+
+    @staticmethod
+    def _check_window(window, gradient: str, gradient_steps: int) -> None:
+        if not is_int(window) or window < 2:
+            raise ValueError(f"gradient_window {window!r} must be an integer of at least 2, one of each level")
+        if gradient != "replay" or gradient_steps != 1:
+            raise ValueError(
+                f"gradient_window {window} cuts the one step that is replayed; it needs gradient 'replay' and "
+                f"gradient_steps 1, got {gradient!r} and {gradient_steps}"
+            )
 
     def _check_tokens(self, ids_BT: Tensor, targets: Tensor | None) -> None:
         c = self.config

@@ -12,7 +12,7 @@ of parameters:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .atomic import CheckpointError
 
-_TIED = ("wte.weight", "lm_head.weight")
+TIED = ("wte.weight", "lm_head.weight")
 # How an optimizer computes, not what: the live one's own choice stays.
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
 
@@ -106,21 +106,25 @@ def complete_tied(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: both are there and differ.
     """
-    pair = [tensors[name] for name in _TIED if name in tensors]
+    pair = [tensors[name] for name in TIED if name in tensors]
     if len(pair) == 1:
-        return tensors | dict.fromkeys(_TIED, pair[0])
+        return tensors | dict.fromkeys(TIED, pair[0])
     if len(pair) == 2 and not _same(*pair):
         raise CheckpointError(
-            f"{path}: {' and '.join(_TIED)} differ, but the config ties them; set tie_embeddings to false in the config"
+            f"{path}: {' and '.join(TIED)} differ, but the config ties them; set tie_embeddings to false in the config"
         )
     return tensors
 
 
 @torch.no_grad()
-def copy_into(state_dict: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite a state dict's tensors in place."""
+def copy_into(
+    state_dict: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    spread: Callable[[Tensor, Tensor], Tensor] = lambda value, target: value,
+) -> None:
+    """Overwrite a state dict's tensors in place; `spread` cuts a whole tensor as its target is cut."""
     for name, target in state_dict.items():
-        target.copy_(tensors[name])
+        target.copy_(spread(tensors[name], target))
 
 
 def some(names: Iterable[str]) -> str:
@@ -195,13 +199,12 @@ def pack_optimizer(
     return tensors, {"optimizer": json.dumps(content)}
 
 
-def read_optimizer(path: Path) -> SavedOptimizer:
-    """Read what pack_optimizer() gave.
+def unpack_optimizer(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> SavedOptimizer:
+    """Undo pack_optimizer(); `path` is for messages.
 
     Raises:
-        CheckpointError: the file is damaged or of another kind.
+        CheckpointError: the content is of another kind.
     """
-    tensors, metadata = read_tensors(path)
     try:
         content = json.loads(metadata.get("optimizer", '{"kind": null, "groups": [], "numbers": {}}'))
         slots: dict[str, dict[str, Any]] = {name: dict(values) for name, values in content["numbers"].items()}
@@ -252,8 +255,14 @@ def check_optimizer(saved: SavedOptimizer, model: nn.Module, optimizer: torch.op
 
 
 @torch.no_grad()
-def apply_optimizer(saved: SavedOptimizer, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give `optimizer` the saved state and hyper-parameters; foreach, fused and the like stay its own."""
+def apply_optimizer(
+    saved: SavedOptimizer,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    spread: Callable[[Tensor, Tensor], Tensor] = lambda value, target: value,
+) -> None:
+    """Give `optimizer` the saved state and hyper-parameters; foreach, fused and the like stay its own. `spread` as in
+    copy_into()."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for group, stored in zip(optimizer.param_groups, saved.groups, strict=True):
@@ -273,6 +282,8 @@ def apply_optimizer(saved: SavedOptimizer, model: nn.Module, optimizer: torch.op
                 if isinstance(value, Tensor):
                     on_cpu = slot == "step" and not step_on_device
                     value = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+                    if value.shape == parameter.shape:
+                        value = spread(value, parameter)
                 optimizer.state[parameter][slot] = value
 
 

@@ -20,13 +20,21 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, special: dict[str, dict[str, Any]]) -> None:
-    """Give `parser` a flag for every field of dataclass `cls`; `special` holds argparse arguments of some of them.
+def add_flags(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    special: dict[str, dict[str, Any]],
+    without: frozenset[str] = frozenset(),
+) -> None:
+    """Give `parser` a flag for every field of dataclass `cls` but those in `without`; `special` holds argparse arguments
+    of some of them.
 
     Flags that are not given leave no trace in the parsed namespace, so that a recipe's value stays.
     """
     docs = field_docs(cls)
     for f in fields(cls):
+        if f.name in without:
+            continue
         default = f.default if f.default is not MISSING else f.default_factory()
         options: dict[str, Any] = {"help": docs[f.name], "default": argparse.SUPPRESS}
         if isinstance(default, bool):

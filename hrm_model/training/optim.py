@@ -1,4 +1,4 @@
-"""AdamW over all parameters, the learning rate, and the gradient norm."""
+"""Optimizers over all parameters, and the gradient norm."""
 
 from __future__ import annotations
 
@@ -22,29 +22,56 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"name": name, "params": parameters, "weight_decay": decay} for name, (parameters, decay) in groups.items()]
 
 
-def build_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019), as one fused update where torch has it."""
+def build_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.Optimizer:
+    """--optimizer: AdamW (Loshchilov & Hutter, 2019), as one fused update where torch has it, or AdamAtan2."""
     groups = [g for g in parameter_groups(model, run.weight_decay) if g["params"]]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=run.lr, betas=(run.beta1, run.beta2), fused=fused)
+    betas = run.beta1, run.beta2
+    if run.optimizer == "atan2":
+        return AdamAtan2(groups, lr=run.lr, betas=betas)
+    device = next(model.parameters()).device.type
+    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    fused = device == "cuda" or (device == "cpu" and not sharded)
+    return torch.optim.AdamW(groups, lr=run.lr, betas=betas, fused=fused)
 
 
-def learning_rate(step: int, run: TrainConfig) -> float:
-    """Rate of optimizer step `step` (counted from 0): linear warm-up, then a cosine from lr to min_lr."""
-    if step < run.warmup:
-        return run.lr * (step + 1) / run.warmup
-    progress = min(1.0, (step - run.warmup) / max(1, run.steps - run.warmup))
-    return run.min_lr + (run.lr - run.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+class AdamAtan2(torch.optim.Optimizer):
+    """Adam whose quotient is an arc tangent: no epsilon, no division, and updates of at most 2 lr whatever the scale.
 
+        p <- p - lr wd p - lr (4 / pi) atan2(m, sqrt(v)),   m, v the bias-corrected moments
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, run: TrainConfig) -> None:
-    """The rates of the next step: `lr`, and for the halting head its own, on the same schedule."""
-    for group in optimizer.param_groups:
-        group["lr"] = run.head_lr * (lr / run.lr if run.lr else 1.0) if group["name"] == "head" else lr
+    4 / pi makes the update lr where m = sqrt(v), as Adam's is. The optimizer of the HRM paper.
+
+    Source: Everett et al., "Scaling Exponents Across Parameterizations and Optimizers", 2024, section 4.3.
+    """
+
+    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                n = state["step"].item()
+                m = state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                v = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                # atan2(a m, b s) = atan2(m, s b / a): both corrections go to the second argument
+                scale = (1 - beta1**n) / math.sqrt(1 - beta2**n)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(torch.atan2(m, v.sqrt().mul_(scale)), alpha=-lr * 4 / math.pi)
 
 
 def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
     """Scale all gradients but the halting head's, which has a loss and a norm of its own, so that their joint norm is
     at most `largest` (0: leave them); returns the norm before."""
     parameters = [p for name, p in model.named_parameters() if "q_head" not in name]
-    return nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf)
+    norm = nn.utils.clip_grad_norm_(parameters, largest if largest > 0 else math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,9 +1,9 @@
-"""What a pretraining run is made of: one dataclass, three recipes."""
+"""What a training run is made of: one dataclass for all stages, three recipes for each."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from ..config import HRMConfig
@@ -12,12 +12,15 @@ from ..halting import OBJECTIVES, price_faults, target_fault
 
 @dataclass
 class TrainConfig:
-    """A pretraining run. Every field is a flag of train/pretrain.py; the text under a field is its help.
+    """A training run of any stage. Every field is a flag of the stage's script, but for `stage` itself and fields that
+    the stage has no use for (NOT_FOR); the text under a field is its help.
 
     Raises:
         ValueError: lists every field that is wrong.
     """
 
+    stage: str = "pretrain"
+    """pretrain, converse, instruct, identity or calibrate"""
     recipe: str = "tiny"
     """model and hyperparameters to start from: tiny, small or base"""
     data: list[str] = field(default_factory=list)
@@ -36,8 +39,14 @@ class TrainConfig:
     """delete what --out holds and start anew"""
     steps: int = 0
     """optimizer steps"""
+    epochs: float = 0.0
+    """instead of --steps: how often each conversation is seen"""
     batch_size: int = 8
-    """sequences per micro-batch"""
+    """sequences per micro-batch, of all processes together"""
+    tokens_per_batch: int = 0
+    """tokens per micro-batch, padding included, of all processes together; conversations of similar length share one"""
+    train_on_prompt: bool = False
+    """let the loss look at questions and instructions too, not at answers alone"""
     accumulation: int = 1
     """micro-batches per optimizer step"""
     lr: float = 3e-4
@@ -48,6 +57,12 @@ class TrainConfig:
     """peak learning rate of the halting head; it follows the same schedule"""
     warmup: int = 2000
     """steps of linear warm-up"""
+    schedule: str = "cosine"
+    """cosine, linear, or wsd: stay at the peak and fall over the last --decay of the steps, for runs to be prolonged"""
+    decay: float = 0.2
+    """share of the steps over which wsd falls"""
+    optimizer: str = "adamw"
+    """adamw; or atan2, Adam without an epsilon, for losses or weights of unusual scale"""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices of the blocks only"""
     beta1: float = 0.9
@@ -56,6 +71,11 @@ class TrainConfig:
     """AdamW's second moment"""
     grad_clip: float = 1.0
     """largest gradient norm; 0 turns clipping off"""
+    ema: float = 0.0
+    """decay of an average of the weights, evaluated and saved beside them, such as 0.999; 0: none. For a schedule that
+    stays high (wsd), or noisy small batches"""
+    z_loss: float = 0.0
+    """weight of the squared log-partition in the loss, 1e-4 where logits drift in long bfloat16 runs"""
     dropout: float = 0.0
     """dropout in training"""
     halting: str = "policy"
@@ -76,6 +96,13 @@ class TrainConfig:
     """replay (last steps of every row) or published (only rows that run all steps)"""
     gradient_steps: int = 1
     """how many of a row's last steps are replayed with gradient; memory grows with them"""
+    gradient_window: int = 0
+    """how many level applications at the end of the replayed step have a gradient; 2 is the one-step gradient of the HRM
+    paper, faster and less exact; 0: all"""
+    window_warmup: float = 0.0
+    """share of the optimizer steps in which that window grows from 2 to its size: cheaper early steps"""
+    max_rise: float = 0.0
+    """stop when the conversational validation loss has risen by this many nats over its start; 0: never"""
     seed: int = 1337
     """initial weights, data order, depths, dropout"""
     device: str = "auto"
@@ -88,6 +115,12 @@ class TrainConfig:
     """torch.compile the blocks"""
     recompute: bool = False
     """keep only block inputs for the backward pass and compute the rest again: less memory, slower"""
+    parallel: str = "auto"
+    """under torchrun: ddp (replicas), or fsdp (parameters, gradients and optimizer state in shards); auto is ddp"""
+    timeout: float = 10.0
+    """minutes that a process waits for the others before it gives up"""
+    dry_run: bool = False
+    """build everything, say what the run would need in memory and time, and leave"""
     deterministic: bool = False
     """bitwise reproducible on a GPU too, slower"""
     log_every: int = 10
@@ -110,8 +143,13 @@ class TrainConfig:
     # Fields that change nothing about the weights a run ends with, so a resumed run may differ in them.
     FREE = frozenset(
         "out resume overwrite log_every eval_every eval_windows save_every keep_last sample_prompt sample_tokens track "
-        "init_from".split()
+        "init_from parallel timeout dry_run".split()
     )
+    # Fields that have no meaning in a stage, and so no flag.
+    NOT_FOR = {
+        "text": frozenset("stage tokens_per_batch train_on_prompt epochs max_rise".split()),
+        "chat": frozenset("stage batch_size config".split()),
+    }
 
     def __post_init__(self):
         faults = list(self._faults())
@@ -119,10 +157,25 @@ class TrainConfig:
             raise ValueError("impossible training options:\n  " + "\n  ".join(faults))
 
     def _faults(self):
-        positive = "steps batch_size accumulation gradient_steps log_every eval_every eval_windows save_every keep_last"
-        for name in positive.split():
+        positive = "batch_size accumulation gradient_steps log_every eval_every eval_windows save_every keep_last".split()
+        if not self.epochs:
+            positive.insert(0, "steps")
+        if self.is_chat:
+            positive.append("tokens_per_batch")
+        for name in positive:
             if getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is below its minimum 1"
+        if self.steps and self.epochs:
+            yield f"--steps {self.steps} and --epochs {self.epochs:g} each say how long the run is; give one of them"
+        if self.gradient_window and (self.gradient_window < 2 or self.gradient_steps > 1 or self.gradient != "replay"):
+            yield (
+                f"--gradient-window {self.gradient_window} must be at least 2 (or 0, all), with --gradient replay and "
+                "--gradient-steps 1"
+            )
+        if self.window_warmup and (self.gradient_steps > 1 or self.gradient != "replay"):
+            yield f"--window-warmup {self.window_warmup:g} needs --gradient replay and --gradient-steps 1"
+        if not 0 <= self.ema < 1:
+            yield f"--ema {self.ema} is outside 0 <= ema < 1; 0 keeps no average"
         for name in ("warmup", "sample_tokens", "seed"):
             if getattr(self, name) < 0:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is negative"
@@ -132,7 +185,7 @@ class TrainConfig:
             yield "--overwrite and --resume auto contradict each other; give one of them"
         if self.config and self.init_from:
             yield "--config and --init-from each say what the model is; give one of them"
-        for name in ("lr", "min_lr", "head_lr", "weight_decay", "grad_clip"):
+        for name in ("lr", "min_lr", "head_lr", "weight_decay", "grad_clip", "z_loss", "epochs", "max_rise", "timeout"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is not a finite number of at least 0"
         if self.min_lr > self.lr:
@@ -140,7 +193,7 @@ class TrainConfig:
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"--{name} {getattr(self, name)} is outside 0 <= {name} < 1"
-        for name in ("explore", "depth_warmup"):
+        for name in ("explore", "depth_warmup", "decay", "window_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is outside 0..1"
         if self.trains_head and self.explore == 0:
@@ -156,6 +209,8 @@ class TrainConfig:
             )
         if self.gradient == "published" and self.gradient_steps > 1:
             yield f"--gradient-steps {self.gradient_steps} is for --gradient replay; the published one has 1"
+        if self.stage not in STAGES:
+            yield f"stage {self.stage!r} is none of {', '.join(STAGES)}"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield f"--{name} {getattr(self, name)!r} is none of {', '.join(allowed)}"
@@ -164,6 +219,11 @@ class TrainConfig:
         for tracker in self.track:
             if tracker not in ("tensorboard", "wandb"):
                 yield f"--track {tracker!r} is none of tensorboard, wandb"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the stage trains on conversations."""
+        return self.stage != "pretrain"
 
     @property
     def trains_head(self) -> bool:
@@ -184,16 +244,20 @@ class TrainConfig:
         return int(number) if kind == "fixed" and number.isdecimal() else 0
 
     @classmethod
-    def of_recipe(cls, recipe: str, **changes: Any) -> TrainConfig:
-        """The recipe's fields, replaced by `changes`.
+    def of_recipe(cls, recipe: str, stage: str = "pretrain", **changes: Any) -> TrainConfig:
+        """The fields of a stage's recipe, replaced by `changes`.
 
         Raises:
             ValueError: no recipe of that name, or impossible values.
         """
         if recipe not in RECIPES:
             raise ValueError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
-        values = {"recipe": recipe, "out": f"runs/{recipe}", **RECIPES[recipe], **changes}
-        return cls(**values)
+        values = {"stage": stage, "recipe": recipe, "out": default_out(stage, recipe), **STAGES[stage][recipe]}
+        if changes.get("epochs") and "steps" not in changes:
+            values["steps"] = 0
+        if changes.get("steps") and "epochs" not in changes:
+            values["epochs"] = 0.0
+        return cls(**values | changes)
 
     def model_config(self, shape: dict[str, Any] | None = None) -> HRMConfig:
         """The model's configuration: `shape` (a config.json's content) or the recipe's preset, with our dropout and
@@ -224,10 +288,12 @@ class TrainConfig:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Fields in which a saved run's values `other` would make other weights, as "--flag was X, is Y"."""
         names = [f.name for f in fields(self) if f.name not in self.FREE]
+        # what an older version did not know was at its default
+        defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(self)}
         return [
-            f"--{name.replace('_', '-')} was {other.get(name)!r}, is {getattr(self, name)!r}"
+            f"--{name.replace('_', '-')} was {other.get(name, defaults[name])!r}, is {getattr(self, name)!r}"
             for name in names
-            if other.get(name) != getattr(self, name)
+            if other.get(name, defaults[name]) != getattr(self, name)
         ]
 
 
@@ -238,6 +304,9 @@ _CHOICES = {
     "decisions": ("prefix", "row"),
     "resume": ("never", "auto"),
     "gradient": ("replay", "published"),
+    "schedule": ("cosine", "linear", "wsd"),
+    "optimizer": ("adamw", "atan2"),
+    "parallel": ("auto", "ddp", "fsdp"),
     "dtype": ("auto", "float32", "bfloat16"),
     "fused": ("off", "auto", "require"),
 }
@@ -252,3 +321,41 @@ RECIPES: dict[str, dict[str, Any]] = {
     "base": dict(steps=200_000, batch_size=64, accumulation=2, lr=3e-4, min_lr=3e-5, warmup=2000, dropout=0.1)
     | dict(eval_every=1000, save_every=1000, eval_windows=256),
 }
+
+# Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
+_SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
+_TINY = dict(tokens_per_batch=1024, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
+_SMALL = dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
+# The published fine-tuning: batches of 32 rows of 512 tokens, rate 6e-6, decay 0.01, 500 steps of warm-up.
+_BASE = dict(tokens_per_batch=32 * 512, accumulation=1, lr=6e-6, min_lr=6e-7, warmup=500, weight_decay=0.01)
+_BASE |= dict(dropout=0.1, depth_warmup=0.0, epochs=3.0, eval_windows=256, eval_every=250, save_every=250)
+_FINE_TUNING = {
+    "tiny": dict(steps=200, lr=5e-4, min_lr=5e-5) | _TINY,
+    "small": dict(epochs=2.0, lr=1e-4, min_lr=1e-5) | _SMALL,
+    "base": _BASE,
+}
+# The published calibration: 5e-7 to 1e-7, 50 steps of warm-up, ended by a rise of 0.15 nats.
+_CALIBRATION = {
+    "tiny": dict(steps=60, lr=1e-4, min_lr=2e-5, max_rise=0.15) | _TINY | dict(eval_every=20, save_every=20),
+    "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
+    "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
+}
+_IDENTITY_LENGTH = {"tiny": {"steps": 100}, "small": {"epochs": 2.0}, "base": {"epochs": 3.0}}
+STAGES: dict[str, dict[str, dict[str, Any]]] = {
+    "pretrain": RECIPES,
+    "converse": _FINE_TUNING,
+    "instruct": _FINE_TUNING,
+    "identity": {name: fields_ | dict(_IDENTITY_LENGTH[name]) for name, fields_ in _FINE_TUNING.items()},
+    "calibrate": _CALIBRATION,
+}
+
+
+def default_out(stage: str, recipe: str) -> str:
+    """Where a stage's run goes by default."""
+    return f"runs/{recipe}" if stage == "pretrain" else f"runs/{recipe}-{stage}"
+
+
+def default_start(stage: str, recipe: str) -> str:
+    """The run that a stage goes on from by default: the stage before it."""
+    names = list(STAGES)
+    return default_out(names[names.index(stage) - 1], recipe) if stage != "pretrain" else ""

@@ -1,0 +1,109 @@
+"""Many processes, one run: who takes which rows, what they agree on, and how the model is spread over them.
+
+Every process builds the same run, takes rows r, r + W, r + 2 W, .. of each micro-batch and adds its part of the gradient.
+What a step needs to know of the others' rows (how many targets there are in all) is a function of the plan, so nobody has
+to be asked. Decisions that would part the processes' ways (a signal, an unreadable shard) are made together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ..model import HRMForCausalLM
+from ..ranks import ALONE, Ranks
+
+
+def join(timeout_minutes: float) -> Ranks:
+    """The processes that torchrun started, or just this one. A process that waits longer than the timeout for the others
+    gives up with an error, so that a dead or stalled one cannot hold the run for ever."""
+    if not dist.is_available():
+        return ALONE
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return ALONE
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """End the process group, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """`device`, or of several GPUs in this machine the one that is this process's own."""
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    return own
+
+
+def spread(model: HRMForCausalLM, parallel: str, ranks: Ranks) -> nn.Module:
+    """The module to call in training: the model itself, DistributedDataParallel around it, or the model in shards.
+
+    fsdp: FSDP2's fully_shard of each outer block, of the core as one, and of the rest. Between steps a process holds its
+    share of parameters, gradients and optimizer state. Within a step parameters are gathered once and kept: the core
+    applies its blocks dozens of times, and rows halt at different steps on different ranks, so that gathering them
+    at each use would cost as many exchanges and need an agreement on each. The halting head (2 C + 2 numbers) stays whole.
+    """
+    if ranks.size == 1:
+        return model
+    if parallel != "fsdp":
+        ids = [model.device.index] if model.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    mesh = dist.init_device_mesh(model.device.type, (ranks.size,))
+    whole = set(model.hrm_core.q_head.parameters())
+    for module in (*model.input_blocks, model.hrm_core, *model.output_blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+    with torch.no_grad():  # FSDP takes the module that is called first for the root, and explorers call blocks
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), force_steps=1)
+    for part in shards(model):
+        part.reshard()
+    return model
+
+
+def shards(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters are in shards; none without fsdp."""
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def gather_parameters(model: nn.Module) -> None:
+    """Give every process the whole parameters, until the next backward pass is over. Without fsdp nothing happens."""
+    for part in shards(model):
+        part.unshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Every process has the whole parameters within the context."""
+    gather_parameters(model)
+    try:
+        yield
+    finally:
+        for part in shards(model):
+            part.reshard()
+
+
+@contextmanager
+def accumulating(wrapped: nn.Module, last: bool) -> Iterator[None]:
+    """Exchange gradients only after the last micro-batch of a step."""
+    if isinstance(wrapped, DistributedDataParallel) and not last:
+        with wrapped.no_sync():
+            yield
+        return
+    for part in shards(wrapped) if not isinstance(wrapped, DistributedDataParallel) else ():
+        part.set_requires_gradient_sync(last, recurse=False)
+        part.set_reshard_after_backward(last, recurse=False)
+    yield
