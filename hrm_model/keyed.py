@@ -19,6 +19,9 @@ TOKEN_STREAM = 4
 """Of generation's row r: TOKEN_STREAM + 256 r."""
 POSITION_STREAM = 5
 EXPLORER_STREAM = 6
+ROW_STREAM = 8
+"""Of dataset d in a mixture of conversations: ROW_STREAM + 256 d."""
+BATCH_STREAM = 9
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:
