@@ -21,6 +21,9 @@ POSITION_STREAM = 5
 EXPLORER_STREAM = 6
 DROPOUT_STREAM = 7
 """Of process r: DROPOUT_STREAM + 256 r. The sample number is the optimizer step."""
+ROW_STREAM = 8
+"""Of dataset d in a mixture of conversations: ROW_STREAM + 256 d."""
+BATCH_STREAM = 9
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:

@@ -7,6 +7,11 @@
                                     files with their tokens and sha256
 
 A split is the concatenation of its files. Documents are each followed by the end-of-text id.
+
+Conversations ("format": "chat" in the manifest) have two kinds of files more and still read as text:
+
+    DIRECTORY/train-00000.mask      a byte for each id of train-00000.bin: 1 where a loss looks at it, else 0
+              train-lengths.bin     ids of each conversation, little-endian uint32
 """
 
 from __future__ import annotations
@@ -19,20 +24,23 @@ import shlex
 import shutil
 from bisect import bisect_right
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..atomic import beside, file_sha256, put_in_place, remove_leftovers, sync_directory
+from .conversations import Conversations
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000
 TOKEN = np.dtype("<u2")
-_OUR_FILE = re.compile(r"manifest\.json|(train|val)-\d{5,}\.bin")
+LENGTH = np.dtype("<u4")
+_SHARD_FILE = re.compile(r"(train|val)-\d{5,}\.bin")
+_OUR_FILE = re.compile(r"manifest\.json|(train|val)-(\d{5,}\.(bin|mask)|lengths\.bin)")
 
 
 class ShardError(ValueError):
@@ -40,22 +48,26 @@ class ShardError(ValueError):
 
 
 class Split:
-    """The files of one split as a single read-only array of token ids. len() is its number of tokens."""
+    """The files of one split as a single read-only array of token ids. len() is its number of tokens.
 
-    def __init__(self, name: str, directory: Path, shards: list[dict[str, Any]]):
+    With another dtype it is the array of something else that each token has, such as its mask.
+    """
+
+    def __init__(self, name: str, directory: Path, shards: list[dict[str, Any]], dtype: np.dtype = TOKEN):
         self.name = name
+        self._dtype = dtype.newbyteorder("=")
         self._files = [directory / shard["file"] for shard in shards]
         self._starts = [0, *accumulate(shard["tokens"] for shard in shards)]
-        self.shards = [np.memmap(file, dtype=TOKEN, mode="r") for file in self._files]
+        self.shards = [np.memmap(file, dtype=dtype, mode="r") for file in self._files]
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens start..start+n-1, uint16 [n], a copy. Raises ValueError beyond the split's ends."""
+        """Tokens start..start+n-1, uint16 [n] or of the dtype given, a copy. Raises ValueError beyond the ends."""
         if n < 0 or start < 0 or start + n > len(self):
             raise ValueError(f"{n} tokens from {start} on are outside {self.name!r} of {len(self)} tokens")
-        out = np.empty(n, dtype=np.uint16)
+        out = np.empty(n, dtype=self._dtype)
         done = 0
         while done < n:
             which = self._shard_of(start + done)
@@ -74,11 +86,13 @@ class Split:
 
 
 class Dataset:
-    """A prepared dataset, open for reading. Attributes: path, manifest (a dict as in manifest.json)."""
+    """A prepared dataset, open for reading. Attributes: path, manifest (a dict as in manifest.json), format ("text" or
+    "chat")."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path = path
         self.manifest = manifest
+        self.format = manifest.get("format", "text")
         self._splits = {name: Split(name, path, part["shards"]) for name, part in manifest["splits"].items()}
 
     def split(self, name: str) -> Split:
@@ -86,6 +100,23 @@ class Dataset:
         if name not in self._splits:
             raise ValueError(f"{self.path} has no split {name!r}; it has {', '.join(self._splits)}")
         return self._splits[name]
+
+    def conversations(self, name: str) -> Conversations:
+        """The split "train" or "val" row by row. Raises ShardError where the dataset is text, or damaged."""
+        split = self.split(name)
+        if self.format != "chat":
+            raise ShardError(
+                f"{self.path} is a dataset of {self.format}, without a mask of answers; "
+                "make one of conversations with python train/prepare.py --format chat"
+            )
+        masks = [shard | {"file": _mask_name(shard["file"])} for shard in self.manifest["splits"][name]["shards"]]
+        lengths = np.fromfile(self.path / f"{name}-lengths.bin", dtype=LENGTH).astype(np.int64)
+        if lengths.sum() != len(split) or (len(lengths) and lengths.min() < 2):
+            raise ShardError(
+                f"the conversations of {self.path / f'{name}-lengths.bin'} have {lengths.sum():,} ids, the split "
+                f"{len(split):,}; run python train/prepare.py {_arguments(self.path, self.manifest)} --overwrite"
+            )
+        return Conversations(self.path, split, Split(name, self.path, masks, np.dtype("u1")), lengths)
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises ShardError when the dataset has an id that a model of this vocab_size does not."""
@@ -113,16 +144,28 @@ def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
     if not (path / MANIFEST).is_file():
         raise ShardError(f"no dataset at {path}: it has no {MANIFEST}; {remedy}, or give another path")
     manifest = _read_manifest(path / MANIFEST, f"{remedy} --overwrite")
-    remedy = f"run python train/prepare.py {_arguments(path, manifest['source'])} --overwrite"
-    for part in manifest["splits"].values():
+    remedy = f"run python train/prepare.py {_arguments(path, manifest)} --overwrite"
+    for name, part in manifest["splits"].items():
         for shard in part["shards"]:
-            _check_shard(path / shard["file"], shard, verify, remedy)
+            file, tokens = path / shard["file"], shard["tokens"]
+            _check_file(file, f"shard {file}", tokens, "tokens", TOKEN.itemsize, shard["sha256"], verify, remedy)
+            if manifest.get("format") == "chat":
+                file = path / _mask_name(shard["file"])
+                _check_file(file, f"mask {file}", tokens, "tokens", 1, shard["mask_sha256"], verify, remedy)
+        if manifest.get("format") == "chat":
+            file, n, sha256 = path / f"{name}-lengths.bin", part["documents"], part["lengths_sha256"]
+            _check_file(file, f"file {file}", n, "conversations", LENGTH.itemsize, sha256, verify, remedy)
     return Dataset(path, manifest)
 
 
-def _arguments(path: Path, source: dict[str, Any] | None = None) -> str:
-    sources = "..." if source is None else shlex.join(source.get("paths", ["stdlib"]))
-    return f"--source {sources} --out {shlex.quote(str(path))}"
+def _mask_name(shard: str) -> str:
+    return shard.removesuffix(".bin") + ".mask"
+
+
+def _arguments(path: Path, manifest: dict[str, Any] | None = None) -> str:
+    sources = "..." if manifest is None else shlex.join(manifest["source"].get("paths", ["stdlib"]))
+    chat = "--format chat " if manifest and manifest.get("format") == "chat" else ""
+    return f"{chat}--source {sources} --out {shlex.quote(str(path))}"
 
 
 def _read_manifest(file: Path, remedy: str) -> dict[str, Any]:
@@ -139,8 +182,10 @@ def _read_manifest(file: Path, remedy: str) -> dict[str, Any]:
         for name in SPLITS:
             part = manifest["splits"][name]
             # Names of our own making only: a manifest must not make us read files elsewhere.
-            if not all(_OUR_FILE.fullmatch(s["file"]) and s["sha256"] for s in part["shards"]):
+            if not all(_SHARD_FILE.fullmatch(s["file"]) and s["sha256"] for s in part["shards"]):
                 raise ValueError(f"a shard of {name} has a name that is none, or no sha256")
+            if manifest.get("format") == "chat":
+                _ = part["documents"] + 0, part["lengths_sha256"], [s["mask_sha256"] for s in part["shards"]]
             if sum(s["tokens"] for s in part["shards"]) != part["tokens"]:
                 raise ValueError(f"the shards of {name} do not add up to {part['tokens']} tokens")
         _ = manifest["max_token_id"] + 0, manifest["tokenizer"]["vocab_size"] + 0
@@ -150,22 +195,24 @@ def _read_manifest(file: Path, remedy: str) -> dict[str, Any]:
     return manifest
 
 
-def _check_shard(file: Path, shard: dict[str, Any], verify: bool, remedy: str) -> None:
-    expected = shard["tokens"] * TOKEN.itemsize
+def _check_file(
+    file: Path, what: str, n: int, unit: str, itemsize: int, sha256: str, verify: bool, remedy: str
+) -> None:
+    """Raises ShardError unless the file holds n items and, with verify, the bytes of that sha256."""
+    expected = n * itemsize
     try:
         found = file.stat().st_size
     except OSError as error:
-        reason = f"shard {file} is missing: expected {expected:,} bytes, found {error.strerror}"
+        reason = f"{what} is missing: expected {expected:,} bytes, found {error.strerror}"
         raise ShardError(f"{reason}; {remedy}") from None
     if found != expected:
-        kind = "empty" if not found else "odd-sized" if found % TOKEN.itemsize else "truncated"
+        kind = "empty" if not found else "odd-sized" if found % itemsize else "truncated"
         raise ShardError(
-            f"shard {file} is {'too long' if found > expected else kind}: expected {expected:,} bytes "
-            f"({shard['tokens']:,} tokens), found {found:,}; {remedy}"
+            f"{what} is {'too long' if found > expected else kind}: expected {expected:,} bytes "
+            f"({n:,} {unit}), found {found:,}; {remedy}"
         )
-    if verify and (digest := file_sha256(file)) != shard["sha256"]:
-        expected = shard["sha256"]
-        raise ShardError(f"shard {file} was altered: expected sha256 {expected}, found {digest}; {remedy}")
+    if verify and (digest := file_sha256(file)) != sha256:
+        raise ShardError(f"{what} was altered: expected sha256 {sha256}, found {digest}; {remedy}")
 
 
 def check_output(out: str | Path, overwrite: bool) -> None:
@@ -197,12 +244,13 @@ class DatasetWriter:
             writer.commit({"source": ..., ...})
 
     Left without commit(), by a kill as well, it leaves what stood at `out` as it was; what a killed one left
-    behind is removed by the next. `scratch` is a directory for files that commit() does not keep.
+    behind is removed by the next. `scratch` is a directory for files that commit() does not keep. With chat=True
+    it takes append_conversations() instead of append().
 
     Raises ShardError when `out` cannot be replaced (see check_output), OSError when writing fails.
     """
 
-    def __init__(self, out: str | Path, shard_tokens: int = SHARD_TOKENS, overwrite: bool = False):
+    def __init__(self, out: str | Path, shard_tokens: int = SHARD_TOKENS, overwrite: bool = False, chat: bool = False):
         if shard_tokens < 1:
             raise ValueError(f"shard_tokens {shard_tokens} is below 1; the default is {SHARD_TOKENS:,}")
         self.out = Path(os.path.realpath(out))  # through a link, so that the rename stays on one file system
@@ -212,7 +260,10 @@ class DatasetWriter:
         self.scratch = self._temporary / "scratch"
         self._splits = {name: {"tokens": 0, "documents": 0, "shards": []} for name in SPLITS}
         self._largest = 0
-        self._open: dict[str, tuple[Any, Any]] = {}
+        self._chat = chat
+        self._lengths: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+        # Of each split the shard that is being written and, in a dataset of conversations, its mask.
+        self._open: dict[str, list[tuple[Any, Any]]] = {}
 
     def __enter__(self) -> DatasetWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +273,7 @@ class DatasetWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file, _ in self._open.values():
+        for file, _ in chain.from_iterable(self._open.values()):
             with suppress(OSError):  # a full disk has been reported already
                 file.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -232,6 +283,20 @@ class DatasetWriter:
 
         Raises ValueError for an id outside 0..65535.
         """
+        assert not self._chat, "a dataset of conversations takes append_conversations()"
+        self._append(split, documents, ids)
+
+    def append_conversations(self, split: str, ids: np.ndarray, is_answer: np.ndarray, lengths: np.ndarray) -> None:
+        """Add whole conversations to a split: their ids [n], which of them a loss looks at (bool [n]), and how many
+        ids each has, integers [conversations] of at least 2, whose sum is n. Nothing predicts the first id of one, so a
+        loss cannot look at it. Raises as append()."""
+        lengths = np.asarray(lengths)
+        assert self._chat and len(ids) == len(is_answer) == lengths.sum() and (not len(ids) or lengths.min() > 1)
+        assert not np.asarray(is_answer)[np.cumsum(lengths) - lengths].any()
+        self._lengths[split].append(lengths.astype(LENGTH))
+        self._append(split, len(lengths), ids, np.asarray(is_answer, dtype=np.uint8))
+
+    def _append(self, split: str, documents: int, ids: np.ndarray, *masks: np.ndarray) -> None:
         if len(ids) and (ids.min() < 0 or ids.max() > 65535):
             raise ValueError(f"ids {ids.min()}..{ids.max()} do not fit into uint16, 0..65535")
         part = self._splits[split]
@@ -240,16 +305,18 @@ class DatasetWriter:
             if split not in self._open:
                 name = f"{split}-{len(part['shards']):05d}.bin"
                 part["shards"].append({"file": name, "tokens": 0})
-                self._open[split] = open(self._temporary / name, "wb"), hashlib.sha256()  # noqa: SIM115
-            file, digest = self._open[split]
+                files = [name, _mask_name(name)][: 1 + len(masks)]
+                self._open[split] = [(open(self._temporary / file, "wb"), hashlib.sha256()) for file in files]  # noqa: SIM115
             shard = part["shards"][-1]
-            block = np.ascontiguousarray(ids[: self._shard_tokens - shard["tokens"]], dtype=TOKEN)
-            file.write(block)
-            digest.update(block)
-            shard["tokens"] += len(block)
-            part["tokens"] += len(block)
+            n = min(self._shard_tokens - shard["tokens"], len(ids))
+            block = np.ascontiguousarray(ids[:n], dtype=TOKEN)
+            for (file, digest), data in zip(self._open[split], [block, *(mask[:n] for mask in masks)], strict=True):
+                file.write(data)
+                digest.update(data)
+            shard["tokens"] += n
+            part["tokens"] += n
             self._largest = max(self._largest, int(block.max()))
-            ids = ids[len(block) :]
+            ids, masks = ids[n:], tuple(mask[n:] for mask in masks)
             if shard["tokens"] == self._shard_tokens:
                 self._end_shard(split)
 
@@ -259,19 +326,30 @@ class DatasetWriter:
         return {name: part["tokens"] for name, part in self._splits.items()}
 
     def _end_shard(self, split: str) -> None:
-        file, digest = self._open.pop(split)
-        with file:
+        for (file, digest), key in zip(self._open.pop(split), ("sha256", "mask_sha256"), strict=False):
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+            self._splits[split]["shards"][-1][key] = digest.hexdigest()
+
+    def _write_lengths(self, split: str) -> None:
+        data = np.concatenate([np.array([], dtype=LENGTH), *self._lengths[split]]).tobytes()
+        with open(self._temporary / f"{split}-lengths.bin", "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self._splits[split]["shards"][-1]["sha256"] = digest.hexdigest()
+        self._splits[split]["lengths_sha256"] = hashlib.sha256(data).hexdigest()
 
     def commit(self, about: dict[str, Any]) -> Dataset:
         """Write the manifest, `about` and what was counted, and put the dataset in its place; opens it."""
         for split in list(self._open):
             self._end_shard(split)
+        for split in SPLITS if self._chat else ():
+            self._write_lengths(split)
         shutil.rmtree(self.scratch)
         manifest = {
             "format_version": FORMAT_VERSION,
+            **({"format": "chat"} if self._chat else {}),
             **about,
             "max_token_id": self._largest,
             "splits": self._splits,
