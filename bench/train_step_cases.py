@@ -20,8 +20,9 @@ from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.keyed import DEPTH_STREAM, keyed_integers
 from hrm_model.model import PUBLISHED_STEP_PENALTY
 from hrm_model.training.device import autocast, compile_blocks
-from hrm_model.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rates
+from hrm_model.training.optim import build_optimizer, clip_gradients
 from hrm_model.training.recipes import TrainConfig
+from hrm_model.training.schedule import learning_rate, set_learning_rates
 
 NAMES = ("published", "eager", "compile", "fused")
 ROWS_IN_A_TURN = 16
@@ -56,25 +57,30 @@ class Implementation:
         self.backend = "auto" if name == "fused" else "reference"
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Any]:
-        """(loss, row-steps without and with gradient)."""
+        """(sum of the losses of all targets, row-steps without and with gradient)."""
         if self.name != "published":
-            out = self.model(batch.ids_BT, batch.targets_BT, force_steps=batch.depths, gradient=self.run.gradient)
+            out = self.model(
+                batch.ids_BT, batch.targets_BT, force_steps=batch.depths, gradient=self.run.gradient, reduction="sum"
+            )
             return out.loss, out.row_steps
         slowest = max(batch.depths)
         self.model.config = dataclasses.replace(self.model.config, hrm_max_steps=slowest)
         out = PublishedHRM(self.model)(batch.ids_BT, batch.targets_BT)
         n_rows = len(batch.depths)
-        return out.loss - PUBLISHED_STEP_PENALTY * slowest, (n_rows * (slowest - 1), n_rows)
+        loss = out.loss - PUBLISHED_STEP_PENALTY * slowest
+        return loss * batch.targets_BT.numel(), (n_rows * (slowest - 1), n_rows)
 
     def accumulate(self, batches: list[MicroBatch]) -> tuple[list[Tensor], list]:
-        """Fresh gradients of the mean of the micro-batches' losses; returns losses and row-steps of each."""
+        """Fresh gradients of the mean loss of all targets; returns each micro-batch's part of it, and its row-steps."""
         self.optimizer.zero_grad(set_to_none=True)
         losses, row_steps = [], []
+        n_targets = sum(batch.targets_BT.numel() for batch in batches)
         with ops.use_backend(self.backend):
             for batch in batches:
                 with autocast(batch.ids_BT.device, self.dtype):
-                    loss, n = self.forward(batch)
-                (loss / len(batches)).backward()
+                    total, n = self.forward(batch)
+                loss = total / n_targets
+                loss.backward()
                 losses.append(loss.detach())
                 row_steps.append(n)
         return losses, row_steps

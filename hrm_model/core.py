@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 import hrm_kernels as ops
 
@@ -252,7 +251,8 @@ class HRMCore(nn.Module):
     def why_not_plain(self) -> str | None:
         """The loop's kernels see parameters, not modules: the reason if that would leave something out, else None."""
         for name, module in self.named_modules():
-            if type(module) not in _PLAIN and not (module is self and isinstance(module, FSDPModule)):
+            in_shards = module is self and hasattr(module, "unshard")  # of FSDP2, which puts a class before a module's
+            if type(module) not in _PLAIN and not in_shards:
                 return f"{name} is a {type(module).__name__}, which the loop's kernels do not know"
             if module is not self and (module._forward_hooks or module._forward_pre_hooks):
                 return f"{name} has a forward hook, which the loop's kernels would not call"

@@ -42,7 +42,7 @@ def keyed_uniform(seed: int, sample: int, stream: int) -> float:
 
 
 def keyed_integers(seed: int, samples: Sequence[int], low: int, high: int | Sequence[int], stream: int) -> np.ndarray:
-    """One integer in low..high (both included; `high` may be one for each) for each sample number, int64 [len(samples)].
+    """One integer in low..high (both included) for each sample number, int64 [len(samples)]; each may have its `high`.
 
     Each is a function of (seed, its sample number, stream), whatever else is in `samples`: with stream a
     constant of one's own this draws a row's depth. Raises ValueError when low > high.

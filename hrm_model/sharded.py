@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .atomic import CheckpointError
 from .ranks import Ranks
@@ -40,14 +39,19 @@ def files_of(name: str, there: Iterable[str]) -> list[str]:
     return part_names(name, max(sizes)) if sizes else [name]
 
 
+def in_shards(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; torch.distributed.tensor, which takes a second to import, is left alone."""
+    return hasattr(tensor, "device_mesh")
+
+
 def write_part(
     directory: Path, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str], ranks: Ranks
 ) -> None:
-    """Write this process's part. Whole tensors are the first process's to write; without shards it writes `name` alone."""
-    sharded = any(isinstance(t, DTensor) for t in tensors.values())
+    """Write this process's part. Whole tensors are the first process's to write; without shards `name` is all."""
+    sharded = any(map(in_shards, tensors.values()))
     own, rows = {}, {}
     for key, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if in_shards(tensor):
             local = tensor.to_local()
             chunk = -(-tensor.shape[0] // ranks.size)
             if local.numel():
@@ -84,7 +88,9 @@ def read_whole(directory: Path, name: str) -> tuple[dict[str, Tensor], dict[str,
                 else:
                     whole[key] = tensor
         except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{directory / file} is no part of ours ({error!r}); use another checkpoint") from error
+            raise CheckpointError(
+                f"{directory / file} is no part of ours ({error!r}); use another checkpoint"
+            ) from error
         about = about or metadata
     for key, parts in pieces.items():
         parts.sort(key=lambda part: part[0])
@@ -103,6 +109,8 @@ def read_whole(directory: Path, name: str) -> tuple[dict[str, Tensor], dict[str,
 
 def spread_like(value: Tensor, target: Tensor) -> Tensor:
     """`value`, which every process has whole, in shards where `target` is."""
-    if not isinstance(target, DTensor):
+    if not in_shards(target):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)

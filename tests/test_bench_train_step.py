@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from parity import DEVICE, model_tiles
@@ -20,7 +21,7 @@ from bench.train_step import main
 from bench.train_step_cases import Implementation, MicroBatch, check, differences, make_batches, numbers
 from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.atomic import read_json
-from hrm_model.training.loop import Pretraining
+from hrm_model.training.loop import Training
 from hrm_model.training.recipes import TrainConfig
 
 FLAGS = ["--device", "cpu", "--batch-size", "2", "--accumulation", "3", "--repeats", "2", "--config"]
@@ -56,19 +57,25 @@ def finished(tiny_model, tmp_path_factory) -> tuple[str, dict, Path]:
 
 
 @pytest.fixture(scope="module")
-def training(small_dataset, small_model, tmp_path_factory) -> Pretraining:
+def training(small_dataset, small_model, tmp_path_factory) -> Training:
     """A real run, not begun, of 3 x 2 rows a step at random depths, its head without an objective."""
     options = dict(data=[str(small_dataset)], out=str(tmp_path_factory.mktemp("run") / "run"), device="cpu")
     options |= dict(batch_size=2, accumulation=3, steps=10, warmup=4, grad_clip=0.5, dropout=0.1)
     options |= dict(halting="none", depth="random")  # what the benchmark's iteration is
-    return Pretraining(TrainConfig.of_recipe("tiny", **options), read_json(small_model))
+    return Training(TrainConfig.of_recipe("tiny", **options), read_json(small_model))
+
+
+def depths_of(training: Training, first: int) -> list[int]:
+    """Of two samples of a run."""
+    batch = training.data.training.batch(np.array([first, first + 1]))
+    return training.train_step.depths(batch, 0)[0]
 
 
 def test_batches_have_the_depths_of_a_training_run_and_are_the_same_for_all(training):
     steps = make_batches(training.run, 16, training.config, torch.device("cpu"))
     assert len(steps) == 3, "the fewest iterations that see 16 rows"
     drawn = [batch.depths for batches in steps for batch in batches]
-    assert drawn == [training._depths(training.sampler.batch(2 * i, 2)[2])[0] for i in range(9)]
+    assert drawn == [depths_of(training, 2 * i) for i in range(9)]
     again = make_batches(training.run, 16, training.config, torch.device("cpu"))
     assert torch.equal(steps[1][1].ids_BT, again[1][1].ids_BT)
     assert torch.equal(steps[0][0].ids_BT[:, 1:], steps[0][0].targets_BT[:, :-1])
@@ -78,14 +85,15 @@ def test_an_iteration_is_one_of_the_training_loop_to_the_bit(training):
     ours = Implementation("eager", training.model, training.run, torch.float32)
     before = {name: p.clone() for name, p in training.model.named_parameters()}
     for step in range(2):
-        drawn = [training.sampler.batch((step * 3 + micro) * 2, 2) for micro in range(3)]
+        drawn = [training.data.training.batch(samples) for samples in training.data.training.plan(step)]
         batches = [
-            MicroBatch(torch.from_numpy(ids), torch.from_numpy(targets), training._depths(samples)[0])
-            for ids, targets, samples in drawn
+            MicroBatch(
+                torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets), training.train_step.depths(batch, 0)[0]
+            )
+            for batch in drawn
         ]
-        torch.manual_seed(step)  # dropout
-        training.train_step()
-        torch.manual_seed(step)
+        training.train_step(step)
+        training.train_step.seed_dropout(step)
         ours.iteration(step, batches)
     found = dict(ours.model.named_parameters())
     for name, p in training.model.named_parameters():

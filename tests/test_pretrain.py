@@ -30,10 +30,11 @@ def run_stopped_during(step: int, number: int, flags: list[str]) -> int:
     training = build(vars(parse(flags)))
     train_step = training.train_step
 
-    def stopped():
-        if training.step == step - 1:
+    def stopped(index, stop):
+        result = train_step(index, stop)
+        if index == step - 1:
             os.kill(os.getpid(), number)
-        return train_step()
+        return result
 
     training.train_step = stopped
     return training()

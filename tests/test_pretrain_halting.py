@@ -17,7 +17,7 @@ from pretrain_helpers import assert_same_bits, checkpoint_of, decided, records, 
 from hrm_model import HRMForCausalLM, load_model, save_model
 from hrm_model.exits import exits
 from hrm_model.halting import Exploration
-from hrm_model.training.loop import Pretraining
+from hrm_model.training.loop import Training
 from train.pretrain import build, main, parse
 
 SEED, WARMUP = 1337, 3
@@ -38,7 +38,7 @@ def flags(small_dataset, small_model, tmp_path) -> list[str]:
     return [*short_run(small_dataset, small_model, tmp_path / "run"), *seldom]
 
 
-def training_of(flags: list[str], *more: str) -> Pretraining:
+def training_of(flags: list[str], *more: str) -> Training:
     """A run that is not begun."""
     return build(vars(parse([*flags, *more])))
 
@@ -100,17 +100,15 @@ def test_explorers_depths_and_deciding_prefixes_do_not_depend_on_how_samples_are
     """Two cuts of the same samples into micro-batches, after the warm-up."""
     found = []
     for batch, accumulation in ((8, 1), (2, 4)):
-        run = training_of(flags, "--batch-size", str(batch), "--accumulation", str(accumulation))
-        run.step = WARMUP
+        cut = ["--batch-size", str(batch), "--accumulation", str(accumulation), "--out", str(tmp_path / str(batch))]
+        run = training_of(flags, *cut)
         rows = []
-        for first in range(0, 40, batch):
-            samples = run.sampler.batch(first, batch)[2]
-            depths, pooled = run._depths(samples)
+        for samples in (s for step in range(5) for s in run.data.training.plan(step)):
+            depths, pooled = run.train_step.depths(run.data.training.batch(samples), WARMUP)
             prefixes = pooled or [16] * batch  # None where no row of the micro-batch decides
-            explores = run.exploration.explorers(samples).tolist()
+            explores = run.train_step.exploration.explorers(samples).tolist()
             rows += [(e, d, d or p) for e, d, p in zip(explores, depths, prefixes, strict=True)]
         found.append(rows)
-        (tmp_path / "run").rmdir()
     assert found[0] == found[1]
     explores, depths, prefixes = zip(*found[0], strict=True)
     assert [depth > 0 for depth in depths] == list(explores), "who does not explore follows the head"
@@ -248,9 +246,9 @@ def test_a_killed_run_goes_on_with_the_price_that_it_had_come_to(flags, tmp_path
 def test_a_training_record_says_what_explorers_found(flags, tmp_path):
     """Its exits' losses are those of the rows that explore, each run to the given depth on its own."""
     run = training_of(flags, "--out", str(tmp_path / "other"))
-    inputs, targets, samples = run.sampler.batch(0, 8)
-    explores = run.exploration.explorers(samples)
-    ids, wanted = (torch.from_numpy(a[explores]) for a in (inputs, targets))
+    batch = run.data.training.batch(np.arange(8))
+    explores = run.train_step.exploration.explorers(batch.samples)
+    ids, wanted = (torch.from_numpy(a[explores]) for a in (batch.inputs, batch.targets))
     with torch.no_grad():
         by_depth = [run.model.eval()(ids, wanted, force_steps=s).loss.item() for s in (1, 2, 3)]
     assert main(flags) == 0
@@ -272,7 +270,7 @@ def test_the_validation_loss_is_that_of_every_prefix_at_the_depth_it_decides(fla
     """Each prefix alone, without what follows it: its own depth, and its own next token."""
     flags += "--lr 0 --min-lr 0 --head-lr 0 --eval-windows 6".split()
     before = training_of(flags, "--out", str(tmp_path / "other"))
-    inputs, targets = (torch.from_numpy(a) for a in (before.validation.inputs, before.validation.targets))
+    inputs, targets = (torch.from_numpy(a) for a in before.data.validations[0][1].rows[:2])
     start_from(undecided(before.model, inputs, targets, tmp_path / "undecided"), flags)
     assert main(flags) == 0
     model, _ = load_model(tmp_path / "run")

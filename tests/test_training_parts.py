@@ -12,14 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hrm_model import HRMConfig, HRMForCausalLM
 from hrm_model.training.flops import known_peak, training_flops
 from hrm_model.training.metrics import MetricsLog
-from hrm_model.training.optim import (
-    build_optimizer,
-    clip_gradients,
-    learning_rate,
-    parameter_groups,
-    set_learning_rates,
-)
+from hrm_model.training.optim import build_optimizer, clip_gradients, parameter_groups
 from hrm_model.training.recipes import RECIPES, TrainConfig
+from hrm_model.training.schedule import learning_rate, set_learning_rates
 
 SHAPE = dict(vocab_size=64, n_embd=32, block_size=16, n_head=4, n_kv_head=2, n_input_layers=1, n_output_layers=2)
 SHAPE |= dict(hrm_H_layers=1, hrm_L_layers=2, hrm_H_cycles=2, hrm_L_cycles=1, hrm_max_steps=4)

@@ -1,8 +1,9 @@
 """Many processes, one run: who takes which rows, what they agree on, and how the model is spread over them.
 
-Every process builds the same run, takes rows r, r + W, r + 2 W, .. of each micro-batch and adds its part of the gradient.
-What a step needs to know of the others' rows (how many targets there are in all) is a function of the plan, so nobody has
-to be asked. Decisions that would part the processes' ways (a signal, an unreadable shard) are made together.
+Every process builds the same run, takes rows r, r + W, r + 2 W, .. of each micro-batch and adds its part of the
+gradient. What a step needs to know of the others' rows (how many targets there are in all) is a function of the plan,
+so nobody has to be asked. Decisions that would part the processes' ways (a signal, an unreadable shard) are made
+together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..model import HRMForCausalLM
@@ -23,7 +23,7 @@ from ..ranks import ALONE, Ranks
 
 
 def join(timeout_minutes: float) -> Ranks:
-    """The processes that torchrun started, or just this one. A process that waits longer than the timeout for the others
+    """The processes that torchrun started, or just this one. One that waits longer than the timeout for the others
     gives up with an error, so that a dead or stalled one cannot hold the run for ever."""
     if not dist.is_available():
         return ALONE
@@ -53,16 +53,18 @@ def local_device(device: torch.device) -> torch.device:
 def spread(model: HRMForCausalLM, parallel: str, ranks: Ranks) -> nn.Module:
     """The module to call in training: the model itself, DistributedDataParallel around it, or the model in shards.
 
-    fsdp: FSDP2's fully_shard of each outer block, of the core as one, and of the rest. Between steps a process holds its
-    share of parameters, gradients and optimizer state. Within a step parameters are gathered once and kept: the core
-    applies its blocks dozens of times, and rows halt at different steps on different ranks, so that gathering them
-    at each use would cost as many exchanges and need an agreement on each. The halting head (2 C + 2 numbers) stays whole.
+    fsdp: FSDP2's fully_shard of each outer block, of the core as one, and of the rest. Between steps a process holds
+    its share of parameters, gradients and optimizer state. Within a step parameters are gathered once and kept: the
+    core applies its blocks dozens of times, and rows halt at different steps on different ranks, so that gathering
+    them at each use would cost as many exchanges and need an agreement on each. The halting head stays whole.
     """
     if ranks.size == 1:
         return model
     if parallel != "fsdp":
         ids = [model.device.index] if model.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    from torch.distributed.fsdp import fully_shard
+
     mesh = dist.init_device_mesh(model.device.type, (ranks.size,))
     whole = set(model.hrm_core.q_head.parameters())
     for module in (*model.input_blocks, model.hrm_core, *model.output_blocks, model):
@@ -74,9 +76,9 @@ def spread(model: HRMForCausalLM, parallel: str, ranks: Ranks) -> nn.Module:
     return model
 
 
-def shards(model: nn.Module) -> list[FSDPModule]:
-    """The modules whose parameters are in shards; none without fsdp."""
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+def shards(model: nn.Module) -> list:
+    """The modules whose parameters are in shards (FSDPModules); none without fsdp."""
+    return [m for m in model.modules() if hasattr(m, "unshard")]
 
 
 def gather_parameters(model: nn.Module) -> None:

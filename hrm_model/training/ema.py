@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: often the better model, and a better judge of one, than the last step's."""
+"""An exponential moving average of the weights, often a better model than the last step's."""
 
 from __future__ import annotations
 

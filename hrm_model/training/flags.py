@@ -26,8 +26,8 @@ def add_flags(
     special: dict[str, dict[str, Any]],
     without: frozenset[str] = frozenset(),
 ) -> None:
-    """Give `parser` a flag for every field of dataclass `cls` but those in `without`; `special` holds argparse arguments
-    of some of them.
+    """Give `parser` a flag for every field of dataclass `cls` but those in `without`; `special` holds argparse
+    arguments of some of them.
 
     Flags that are not given leave no trace in the parsed namespace, so that a recipe's value stays.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import HRMConfig
 from ..halting import OBJECTIVES, price_faults, target_fault
@@ -97,8 +97,8 @@ class TrainConfig:
     gradient_steps: int = 1
     """how many of a row's last steps are replayed with gradient; memory grows with them"""
     gradient_window: int = 0
-    """how many level applications at the end of the replayed step have a gradient; 2 is the one-step gradient of the HRM
-    paper, faster and less exact; 0: all"""
+    """how many level applications at the end of the replayed step have a gradient; 2 is the one-step gradient of the
+    HRM paper, faster and less exact; 0: all"""
     window_warmup: float = 0.0
     """share of the optimizer steps in which that window grows from 2 to its size: cheaper early steps"""
     max_rise: float = 0.0
@@ -146,7 +146,7 @@ class TrainConfig:
         "init_from parallel timeout dry_run".split()
     )
     # Fields that have no meaning in a stage, and so no flag.
-    NOT_FOR = {
+    NOT_FOR: ClassVar[dict[str, frozenset[str]]] = {
         "text": frozenset("stage tokens_per_batch train_on_prompt epochs max_rise".split()),
         "chat": frozenset("stage batch_size config".split()),
     }
@@ -157,7 +157,9 @@ class TrainConfig:
             raise ValueError("impossible training options:\n  " + "\n  ".join(faults))
 
     def _faults(self):
-        positive = "batch_size accumulation gradient_steps log_every eval_every eval_windows save_every keep_last".split()
+        positive = (
+            "batch_size accumulation gradient_steps log_every eval_every eval_windows save_every keep_last".split()
+        )
         if not self.epochs:
             positive.insert(0, "steps")
         if self.is_chat:
@@ -324,8 +326,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
 _SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
-_TINY = dict(tokens_per_batch=1024, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
-_SMALL = dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
+_TINY = (
+    dict(tokens_per_batch=1024, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
+)
+_SMALL = (
+    dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
+)
 # The published fine-tuning: batches of 32 rows of 512 tokens, rate 6e-6, decay 0.01, 500 steps of warm-up.
 _BASE = dict(tokens_per_batch=32 * 512, accumulation=1, lr=6e-6, min_lr=6e-7, warmup=500, weight_decay=0.01)
 _BASE |= dict(dropout=0.1, depth_warmup=0.0, epochs=3.0, eval_windows=256, eval_every=250, save_every=250)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
+import warnings
 from pathlib import Path
 
 from ..checkpoint import latest_checkpoint
 from .provenance import RUN_FILE
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+LOCK_FILE = "run.lock"
 # What runs write. Anything else in a directory is somebody's, and never deleted.
 _OURS = ("run.*", "metrics.jsonl*", "dashboard.png*", "checkpoints", "tensorboard", "wandb")
 
@@ -20,8 +29,9 @@ def find_checkpoint(out: Path, resume: str, overwrite: bool) -> Path | None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; choose a directory")
-    # a run killed in its first moments may have got no further than this
-    entries = [e for e in out.iterdir() if e.name != RUN_FILE + ".tmp"] if out.is_dir() else []
+    # a run killed in its first moments may have got no further than these
+    early = (RUN_FILE + ".tmp", LOCK_FILE)
+    entries = [e for e in out.iterdir() if e.name not in early] if out.is_dir() else []
     if not entries:
         return None
     foreign = sorted(e.name for e in entries if not any(e.match(pattern) for pattern in _OURS))
@@ -42,7 +52,44 @@ def find_checkpoint(out: Path, resume: str, overwrite: bool) -> Path | None:
 
 
 def make_directory(out: Path, overwrite: bool) -> None:
-    """Make a new run's directory, emptied of the run that find_checkpoint() allowed to replace."""
-    if overwrite and out.is_dir():
-        shutil.rmtree(out)
+    """Make a new run's directory, emptied of the run that find_checkpoint() allowed to replace, but for its lock."""
     out.mkdir(parents=True, exist_ok=True)
+    for entry in out.iterdir() if overwrite else ():
+        if entry.name == LOCK_FILE:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+class RunLock:
+    """Keeps a second process out of a run's directory. The system gives the lock back when its process ends, however.
+
+    Raises:
+        ValueError: another process holds it; names its id.
+    """
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = open(out / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+        if fcntl is None:  # no such locks on Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "of an unknown id"
+            self._file.close()
+            raise ValueError(
+                f"--out {out} is in use: process {holder} trains there; wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{out} cannot be locked ({error}); start no second run in it", RuntimeWarning, stacklevel=2)
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()} on {platform.node()}")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Give it back."""
+        self._file.close()

@@ -16,6 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from ..keyed import WINDOW_STREAM, keyed_words, scaled
+from .batch import Batch
 from .shards import Dataset, Split
 
 
@@ -65,43 +66,56 @@ class Sampler:
 
     def sample(self, i: int) -> np.ndarray:
         """Window number i, int64 [block_size + 1]. Raises ValueError for an id from vocab_size on."""
-        return self._windows(i, 1)[0]
+        return self.windows(np.array([i]))[0]
 
-    def batch(
-        self, first_sample: int, n: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This rank's rows of the n samples that one step takes from all ranks together.
-
-        Rank r gets the r-th of world_size equal slices, so joined in rank order they are samples
-        first_sample..first_sample+n-1, whatever the world size.
+    def batch(self, first_sample: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples first_sample..first_sample+n-1.
 
         Returns:
-            inputs int64 [n / world_size, T], targets of the same shape (inputs moved on by one token) and
-            sample_numbers int64 [n / world_size].
+            inputs int64 [n, T], targets of the same shape (inputs moved on by one token) and sample_numbers int64 [n].
 
         Raises:
-            ValueError: n is not divisible by world_size, rank is outside 0..world_size-1, or an id is from
-                vocab_size on.
+            ValueError: n is below 1, or an id is from vocab_size on.
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
-        if n < 1 or n % world_size:
-            near = max(world_size, n // world_size * world_size)
-            raise ValueError(f"{n} samples are not divisible by world size {world_size}; nearest: {near}")
-        rows = n // world_size
-        first = first_sample + rank * rows
-        windows = self._windows(first, rows)
-        return windows[:, :-1].copy(), windows[:, 1:].copy(), np.arange(first, first + rows, dtype=np.int64)
+        if n < 1:
+            raise ValueError(f"{n} samples were asked for; a batch has at least 1")
+        samples = np.arange(first_sample, first_sample + n, dtype=np.int64)
+        windows = self.windows(samples)
+        return windows[:, :-1].copy(), windows[:, 1:].copy(), samples
 
-    def _windows(self, first: int, n: int) -> np.ndarray:
-        windows = np.empty((n, self.block_size + 1), dtype=np.int64)
-        words_of = keyed_words(self.seed, first, n, WINDOW_STREAM).tolist()
+    def windows(self, samples: np.ndarray) -> np.ndarray:
+        """The windows of these numbers (ascending), int64 [len(samples), block_size + 1]. Raises as batch()."""
+        windows = np.empty((len(samples), self.block_size + 1), dtype=np.int64)
+        first = int(samples[0])
+        words_of = keyed_words(self.seed, first, int(samples[-1]) - first + 1, WINDOW_STREAM)[samples - first].tolist()
         for window, words in zip(windows, words_of, strict=True):
             split = self.splits[bisect_right(self._thresholds, words[0])]
             start = scaled(words[1], len(split) - self.block_size)
             window[:] = split.read(start, self.block_size + 1)
             _check_ids(window, self.vocab_size, split, start)
         return windows
+
+
+class WindowBatches:
+    """Micro-batches of consecutive samples (implements TrainingData)."""
+
+    def __init__(self, sampler: Sampler, batch_size: int, accumulation: int):
+        self.sampler, self.batch_size, self.accumulation = sampler, batch_size, accumulation
+
+    def plan(self, step: int) -> list[np.ndarray]:
+        """Sample numbers [batch_size] of each of `accumulation` micro-batches of optimizer step `step`."""
+        first = step * self.accumulation * self.batch_size
+        numbers = np.arange(first, first + self.accumulation * self.batch_size, dtype=np.int64)
+        return list(numbers.reshape(self.accumulation, self.batch_size))
+
+    def count_targets(self, samples: np.ndarray) -> int:
+        """block_size for each row."""
+        return len(samples) * self.sampler.block_size
+
+    def batch(self, samples: np.ndarray) -> Batch:
+        """The windows of these numbers. Raises ValueError or OSError where they cannot be read."""
+        windows = self.sampler.windows(samples)
+        return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), None, samples)
 
 
 def validation_windows(

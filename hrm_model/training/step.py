@@ -81,7 +81,7 @@ class TrainingStep:
         n_targets = max(1, sum(self.data.count_targets(samples) for samples in plan))
         lr = learning_rate(step, run)
         set_learning_rates(self.optimizer, lr, run)
-        self._seed(step)
+        self.seed_dropout(step)
         gather_parameters(model)
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +147,7 @@ class TrainingStep:
             raise DataError(f"step {step + 1}: another process cannot read its samples; its message says which")
         return None if stopped else batches
 
-    def _seed(self, step: int) -> None:
+    def seed_dropout(self, step: int) -> None:
         """Dropout is a function of (seed, step, process), so that a resumed run goes on to the same bits."""
         words = keyed_words(self.run.seed, step, 1, DROPOUT_STREAM + 256 * self.ranks.rank)
         torch.manual_seed(int(words[0, 0] >> np.uint64(1)))

@@ -1,0 +1,120 @@
+"""The command line that all stages share: flags, the run they ask for, errors on one line, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loop import Training
+
+DEFAULT_TEXT = "data/stdlib"
+DEFAULT_CHAT = "data/stdlib-chat"
+
+
+def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that the stage has; those that are not given leave no trace."""
+    from .flags import add_flags
+    from .recipes import TrainConfig
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fused = {"nargs": "?", "const": "auto", "metavar": "auto|require"}
+    without = TrainConfig.NOT_FOR["text" if stage == "pretrain" else "chat"]
+    if stage != "calibrate":
+        without = without | {"max_rise"}
+    add_flags(parser, TrainConfig, special={"fused": fused}, without=without)
+    return parser
+
+
+def build(given: dict[str, Any], stage: str = "pretrain") -> Training:
+    """The run that the flags ask for, its default data prepared if none is named.
+
+    Raises:
+        ValueError, OSError: something about the options, the data or the directory is wrong.
+    """
+    import torch
+
+    from ..atomic import read_json
+    from .distributed import join
+    from .loop import Training
+    from .recipes import TrainConfig, default_start
+
+    recipe = given.pop("recipe", None) or ("base" if torch.cuda.is_available() else "tiny")
+    options = TrainConfig.of_recipe(recipe, stage, **given)
+    shape = read_json(Path(options.config)) if options.config else None
+    if options.is_chat and not options.init_from:
+        options.init_from = default_start(stage, recipe)
+        if not Path(options.init_from).exists():
+            raise ValueError(
+                f"train/{stage}.py goes on from a model, by default {options.init_from}, which does not exist; give "
+                "another one with --init-from, or train that one first"
+            )
+    if not options.data:
+        options.data = [DEFAULT_CHAT if options.is_chat else DEFAULT_TEXT]
+        join(options.timeout).first(lambda: _ensure(options.data[0], options.is_chat))
+    return Training(options, shape)
+
+
+def _ensure(path: str, is_chat: bool) -> None:
+    """Make the default dataset where there is none."""
+    if is_chat:
+        from .chat_prepare import ensure_default_chat
+
+        ensure_default_chat(path)
+    else:
+        from .prepare import ensure_default_dataset
+
+        ensure_default_dataset(path)
+
+
+def run(given: dict[str, Any], stage: str = "pretrain") -> int:
+    """Build the run and train; returns the process's exit status, an error being one line."""
+    from .distributed import leave
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
+    try:
+        try:
+            training = build(given, stage)
+        except KeyboardInterrupt:
+            print("\nstopped before training began; nothing was lost", file=sys.stderr)
+            return 130
+        return training()
+    except Exception as error:
+        message = _explained(error)
+        if message is None:  # a fault of ours: its traceback is what helps
+            raise
+        where = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        print(f"error: {where}{message}", file=sys.stderr)
+        return 1
+    finally:
+        leave()
+
+
+def _explained(error: Exception) -> str | None:
+    """What to say of an error that has its cause outside this code; None of any other."""
+    import torch
+
+    from hrm_kernels import BackendError
+
+    from ..ranks import OtherRankError
+
+    if isinstance(error, (ValueError, OSError, BackendError, OtherRankError)):  # CheckpointError is a ValueError
+        return str(error)
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text.splitlines()[0] if text else 'no more to be had'}); lower --batch-size (and raise "
+            "--accumulation in proportion, for the same steps) or --tokens-per-batch, or use --recompute, --dtype "
+            "bfloat16, or --parallel fsdp under torchrun; then --resume auto"
+        )
+    if isinstance(error, RuntimeError) and (isinstance(error, torch.distributed.DistError) or "gloo" in text.lower()):
+        return (
+            f"lost the other processes ({text.splitlines()[0]}); one of them died or was stalled for longer than "
+            "--timeout; the same command with --resume auto goes on from the last checkpoint"
+        )
+    return None
