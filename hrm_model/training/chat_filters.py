@@ -1,7 +1,7 @@
 """Which conversations are left out: by whole words, duplicates, answers that are empty or of another assistant.
 
-Words are whole words: "Bard" is not in "Lombardy", nor "Alexa" in "Alexander". A phrase may have any white space between
-its words. Case does not matter.
+Words are whole words: "Bard" is not in "Lombardy", nor "Alexa" in "Alexander". A phrase may have any white space
+between its words. Case does not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAKERS = (
 _MADE = rf"(?:developed|created|trained|made|built|designed)(?: and \w+)? by (?:{_MAKERS})\b"
 # Not within quotation marks, where somebody else speaks.
 _I_AM = r"(?<![\w\"'\u201c])(?:i am|i'm|my name is|my name's|i am called|i'm called)"
-_CLAIMS = (
+CLAIMS = (
     rf"{_I_AM}(?: (?:just|only|actually))?(?: (?:a|an|the))?(?: version of)? (?:{_PRODUCTS})\b",
     # No article, and no surname: the only place where case counts.
     rf"{_I_AM} (?:{_NAMES})\b(?!\x20(?-i:[A-Z])\w|'s\b|-\w)",
@@ -45,19 +45,21 @@ class Filter:
     Args:
         words: whole words or phrases; a conversation with one of them, in a question or an answer, is dropped.
         claims: whether answers are dropped in which the assistant says that it is another one, or of another maker.
+        duplicates: whether a conversation that came before is dropped.
 
     Raises:
         ValueError: a word that is empty or has no letter or digit.
     """
 
-    def __init__(self, words: Iterable[str] = (), claims: bool = True):
+    def __init__(self, words: Iterable[str] = (), claims: bool = True, duplicates: bool = True):
         self.words = sorted({" ".join(_plain(word).split()) for word in words})
         for word in self.words:
             if not re.search(r"\w", word):
                 raise ValueError(f"--drop {word!r} has no letter and no digit, so it is no word; leave it out")
         patterns = [r"\s+".join(map(re.escape, word.split())) for word in sorted(self.words, key=len, reverse=True)]
         self._words = re.compile(rf"(?<!\w)(?:{'|'.join(patterns)})(?!\w)", re.IGNORECASE) if patterns else None
-        self._claims = re.compile("|".join(_CLAIMS).replace(" ", r"\s+"), re.IGNORECASE) if claims else None
+        self._claims = re.compile("|".join(CLAIMS).replace(" ", r"\s+"), re.IGNORECASE) if claims else None
+        self._duplicates = duplicates
         self._seen: set[bytes] = set()
 
     def reason(self, messages: Messages) -> tuple[str, str] | None:
@@ -70,6 +72,8 @@ class Filter:
                 return f"word {' '.join(found[0].lower().split())!r}", _around(text, found)
             if self._claims and message["role"] == "assistant" and (found := self._claims.search(text)):
                 return "another assistant", _around(text, found)
+        if not self._duplicates:
+            return None
         digest = hashlib.blake2b(render(messages).encode("utf-8", "replace"), digest_size=16).digest()
         if digest in self._seen:
             return "duplicate", next(m["content"] for m in messages if m["role"] == "user")
