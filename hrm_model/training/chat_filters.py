@@ -7,12 +7,12 @@ between its words. Case does not matter.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..template import render
 from .chat_forms import Messages
 
 # Assistants by name. Those of the second list are also names and words of everyday life: "I am Claude Monet", "I'm a
@@ -74,7 +74,9 @@ class Filter:
                 return "another assistant", _around(text, found)
         if not self._duplicates:
             return None
-        digest = hashlib.blake2b(render(messages).encode("utf-8", "replace"), digest_size=16).digest()
+        # White space does not tell two conversations apart.
+        texts = json.dumps([[message["role"], " ".join(message["content"].split())] for message in messages])
+        digest = hashlib.blake2b(texts.encode(), digest_size=16).digest()
         if digest in self._seen:
             return "duplicate", next(m["content"] for m in messages if m["role"] == "user")
         self._seen.add(digest)

@@ -102,9 +102,9 @@ class StdlibChat:
 
     def __init__(self) -> None:
         python = f"{platform.python_implementation()} {platform.python_version()}"
-        self.description = {"name": STDLIB, "python": python, "platform": sys.platform}
         self._conversations = list(stdlib_conversations())
         self.fingerprint = hashlib.sha256(json.dumps(self._conversations).encode()).hexdigest()
+        self.description = {"name": STDLIB, "python": python, "platform": sys.platform, "sha256": self.fingerprint}
 
     def items(self, report: ChatReport) -> Iterator[Item]:
         for number, (subject, messages) in enumerate(self._conversations, 1):

@@ -183,6 +183,8 @@ def _of_c(module: str, path: str, signature: str, doc: str) -> Documented | None
     owner, bare = ".".join(parts[:-1]), parts[-1]
     within_class = len(path.split(".")) == 3
     kind = "method" if within_class else "class" if bare[:1].isupper() and not signature else "function"
+    if within_class and not signature:
+        return None  # perhaps an attribute
     signature = " ".join(signature.split())
     usable = 0 < len(signature) <= _SIGNATURE_CHARS and "<" not in signature and "$" not in signature
     return Documented(kind, owner or "builtins", bare, signature if usable else "", about)
