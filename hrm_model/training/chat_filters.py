@@ -38,6 +38,9 @@ CLAIMS = (
     rf"(?<![\w\"'\u201c])(?:i am|i'm|i was|i have been|i've been) {_MADE}",
 )
 
+# Where no such name stands, which is nearly everywhere, no claim has to be looked for.
+_NAMED = re.compile(rf"\b(?:{_PRODUCTS}|{_NAMES}|{_MAKERS})\b".replace(" ", r"\s+"), re.IGNORECASE)
+
 
 class Filter:
     """Decides about conversations, one after the other: it remembers them, to know a duplicate.
@@ -70,7 +73,8 @@ class Filter:
             text = _plain(message["content"])
             if self._words and (found := self._words.search(text)):
                 return f"word {' '.join(found[0].lower().split())!r}", _around(text, found)
-            if self._claims and message["role"] == "assistant" and (found := self._claims.search(text)):
+            is_answer = message["role"] == "assistant"
+            if self._claims and is_answer and _NAMED.search(text) and (found := self._claims.search(text)):
                 return "another assistant", _around(text, found)
         if not self._duplicates:
             return None

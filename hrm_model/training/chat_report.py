@@ -33,6 +33,8 @@ class ChatReport:
 
     def lines(self) -> list[str]:
         """A line for each reason: its count and its first example."""
+        if not self.dropped and not self.changed:
+            return ["  nothing was dropped, split or cut"]
         return [
             f"  {name} {count:,}: {reason}, first {getattr(self, name)[reason]['examples'][0]}"
             for name, part in self.counts().items()
