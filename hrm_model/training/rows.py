@@ -102,8 +102,10 @@ class RowSampler:
             if share
         )
         wanted = math.ceil(POOL_BATCHES * tokens_per_batch / mean)
-        # No more than there are conversations, so that few of them come twice in a pool.
-        self.pool_rows = min(max(wanted, _POOL_ROWS[0]), _POOL_ROWS[1], self.conversations)
+        # Sorted by length, copies of a conversation would come side by side, in one micro-batch. So no dataset is gone
+        # through more than once in a pool, unless it is so small that pools would be, too.
+        once = min(len(part) // share for part, share in zip(self._parts, shares, strict=True) if share)
+        self.pool_rows = min(max(wanted, _POOL_ROWS[0]), _POOL_ROWS[1], max(once, _POOL_ROWS[0]), self.conversations)
         # numpy sorts 16-bit integers by radix: a tenth of the time.
         self._length = np.uint16 if block_size < 1 << 16 else np.int64
         # Of each conversation.
@@ -136,7 +138,9 @@ class RowSampler:
         return Batch(*_padded(found, self._eot, self.vocab_size, self.train_on_prompt), samples)
 
     def padding_share(self, steps: int) -> float:
-        """Share of padding among all positions of the first `steps` steps (at least 1)."""
+        """Share of padding among all positions of the first `steps` steps. Raises ValueError for fewer than 1."""
+        if steps < 1:
+            raise ValueError(f"the padding of {steps} steps is asked for; there is some from 1 on")
         real = padded = 0
         for step in range(steps):
             for samples in self.plan(step):
