@@ -347,6 +347,7 @@ def test_signatures_and_summaries_are_those_of_the_library(things):
     assert things["json.dumps"].signature.startswith("(obj, *, skipkeys=False, ")
     assert things["math.cos"].signature == "(x, /)"
     assert things["json.encoder.JSONEncoder.encode"].signature == "(o)", "self is not passed"
+    assert things["bytes.lstrip"].signature == "(bytes=None, /)"
     assert "BaseExceptionGroup.exceptions" not in things, "attributes are not asked about"
     assert things["json.dumps"].about == "Serialize obj to a JSON formatted str."
     assert things["os.getpid"].kind == "function" and things["textwrap"].kind == "module"

@@ -186,6 +186,8 @@ def _of_c(module: str, path: str, signature: str, doc: str) -> Documented | None
     if within_class and not signature:
         return None  # perhaps an attribute
     signature = " ".join(signature.split())
+    if within_class:
+        signature = re.sub(r"^\(self(, /)?(, )?", "(", signature)
     usable = 0 < len(signature) <= _SIGNATURE_CHARS and "<" not in signature and "$" not in signature
     return Documented(kind, owner or "builtins", bare, signature if usable else "", about)
 
@@ -195,7 +197,8 @@ def _first_paragraph(doc: str | None) -> str:
     if not doc:
         return ""
     text = " ".join(inspect.cleandoc(doc).split("\n\n")[0].split())
-    text = re.sub(r"``?([^`]*)``?", r"\1", re.sub(r":\w+:`~?([^`]*)`", r"\1", text)).replace("*args", "args")
+    text = re.sub(r"``?([^`]*)``?", r"\1", re.sub(r":\w+:`~?([^`]*)`", r"\1", text))
+    text = re.sub(r"\*(\w+)\*", r"\1", text)  # emphasis
     # "name(x) -> y" and the like are signatures, which the arguments are asked about.
     if re.match(r"[\w.]+\(.*\)", text) or text.endswith((":", ",")) or _UNUSABLE.search(text):
         return ""
