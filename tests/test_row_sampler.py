@@ -131,6 +131,38 @@ def test_a_batch_never_holds_more_than_its_tokens_padding_included(large, small)
         assert np.mean(sizes) > 0.85 * tokens or tokens < 1000
 
 
+def test_a_pool_holds_no_conversation_twice_where_its_dataset_is_large_enough(tmp_path, large):
+    other = write_chat(tmp_path / "other", [(ids + 1000 * (ids < 1000), mask) for ids, mask in some_rows(400, seed=4)])
+    sampler = RowSampler([large, other], 64, seed=0, tokens_per_batch=4096, weights=[0.1, 0.9])
+    assert sampler.pool_rows == 400 / 0.9 // 1 == 444
+    for start in range(0, 3 * 444, 444):
+        found = names(sampler, np.arange(start, start + 444))
+        assert len(found) - len(set(found)) <= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=3).filter(
+        lambda p: any(w for _, w in p)
+    ),
+    st.integers(60, 700),
+    st.integers(1, 4),
+    st.integers(0, 5),
+)
+def test_any_mixture_is_planned_whole(tmp_path_factory, parts, tokens, accumulation, seed):
+    root = tmp_path_factory.mktemp("mixture")
+    datasets = [write_chat(root / f"{i}", some_rows(n, 2, 61, seed=i)) for i, (n, _) in enumerate(parts)]
+    weights = [weight for _, weight in parts]
+    sampler = RowSampler(datasets, 60, seed, tokens, accumulation, weights)
+    found = [samples for step in range(30) for samples in sampler.plan(step)]
+    assert len(found) == 30 * accumulation and all(sampler.batch(samples).inputs.size <= tokens for samples in found)
+    seen = np.concatenate(found)
+    whole = seen[: len(seen) // sampler.pool_rows * sampler.pool_rows].reshape(-1, sampler.pool_rows)
+    np.testing.assert_array_equal(np.sort(whole), np.arange(whole.size).reshape(whole.shape))
+    rows = np.array([len(d.conversations("train")) for d in datasets]) * sampler.epochs(30)
+    assert round(rows.sum()) == len(seen) and not rows[np.array(weights) == 0].any()
+
+
 def test_rows_of_similar_lengths_come_together(large):
     sampler = RowSampler([large], 64, seed=0, tokens_per_batch=512)
     lengths = large.conversations("train").lengths - 1

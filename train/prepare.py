@@ -1,6 +1,7 @@
 """Turn text into a dataset to train on: python train/prepare.py [--source PATH ...] [--out DIRECTORY].
 
-Without arguments it needs nothing but Python: its language reference and standard library become data/stdlib.
+Without arguments it needs nothing but Python: its language reference and standard library become data/stdlib. With
+--format chat sources are conversations, by default questions and answers about the standard library (data/stdlib-chat).
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from hrm_model.training.chat_prepare import BLOCK_SIZE, prepare_chat
 from hrm_model.training.prepare import prepare
 from hrm_model.training.shards import SHARD_TOKENS
 
@@ -26,8 +29,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["stdlib"],
         metavar="PATH",
-        help="text files, .jsonl, .jsonl.gz, folders of these; default: stdlib, what Python brings along",
+        help="text files, .jsonl, .jsonl.gz, folders of these; default: stdlib, what Python brings along. With "
+        "--format chat: alpaca, alpaca-gpt4, dolly, lima, oasst1, mixed (of the Hugging Face hub, or as NAME=PATH of "
+        "files), stdlib, files of messages: .jsonl, .jsonl.gz, .json, .parquet",
     )
+    add("--format", choices=["text", "chat"], default="text", help="what the sources are; default: text")
     add("--out", help="dataset directory; default: data/stdlib, or data/ and the name of the first source")
     add("--val-fraction", type=float, help="validation share; default 0.05, at most a million tokens")
     add("--val-tokens", type=int, help="validation tokens, instead of a share")
@@ -45,16 +51,48 @@ def _parser() -> argparse.ArgumentParser:
         help=f"most tokens in a file; default {SHARD_TOKENS}",
     )
     add("--overwrite", action="store_true", help="replace a dataset that is there")
+    chat = parser.add_argument_group("with --format chat")
+    chat.add_argument("--block-size", type=int, help=f"longer conversations are split at turns; default {BLOCK_SIZE}")
+    chat.add_argument("--drop", nargs="+", metavar="WORD", help="drop conversations with one of these whole words")
+    chat.add_argument("--drop-words", metavar="FILE", help="the same for the words or phrases of a file, one a line")
+    chat.add_argument("--no-filter", action="store_true", help="keep duplicates and answers of other assistants")
     return parser
+
+
+def _default_out(source: str, chat: bool) -> Path:
+    name = Path(source.partition("=")[0] if chat else source).resolve().name.split(".")[0]
+    return Path("data", "stdlib-chat" if chat and source == "stdlib" else name)
+
+
+def _chat_options(options: dict[str, Any], of_chat: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of prepare_chat(). Raises ValueError for an option of text."""
+    text_key = options.pop("text_key")
+    of_text = {"text_key": None if text_key == "text" else text_key}
+    of_text |= {name: options.pop(name) for name in ("val_tokens", "workers")}
+    _refuse(of_text, "--format text")
+    options |= {"filters": not of_chat.pop("no_filter")} | of_chat
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: dict[str, Any], where: str) -> None:
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise ValueError(f"--{name.replace('_', '-')} is an option of {where}; leave one of them out")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done or up to date, 1 an error (one line says which), 130 interrupted."""
     options = vars(_parser().parse_args(argv))
     sources = options.pop("source")
-    out = options.pop("out") or Path("data", Path(sources[0]).resolve().name.split(".")[0])
+    of_chat = {name: options.pop(name) for name in ("block_size", "drop", "drop_words", "no_filter")}
+    chat = options.pop("format") == "chat"
+    out = options.pop("out") or _default_out(sources[0], chat)
     try:
-        summary = prepare(out, sources, **options)
+        if chat:
+            summary = prepare_chat(out, sources, **_chat_options(options, of_chat))
+        else:
+            _refuse(of_chat, "--format chat")
+            summary = prepare(out, sources, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import BuiltinImporter, ExtensionFileLoader
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,7 +164,7 @@ class StdlibSource:
     def __init__(self, report: Report):
         python = f"{platform.python_implementation()} {platform.python_version()}"
         self.description = {"kind": "stdlib", "python": python, "platform": sys.platform}
-        self._texts = [*_topics(report), *_library_sources(report), *_c_docstrings()]
+        self._texts = [*_topics(report), *(text for _, text in library_sources(report)), *_c_docstrings()]
         digest = hashlib.sha256()
         for text in self._texts:
             data = text.encode("utf-8", "replace")
@@ -259,7 +260,8 @@ def _topics(report: Report) -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _library_sources(report: Report) -> Iterator[str]:
+def library_sources(report: Report) -> Iterator[tuple[str, str]]:
+    """(path such as "json/decoder.py", text) of each source file of the standard library, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
@@ -271,13 +273,19 @@ def _library_sources(report: Report) -> Iterator[str]:
         try:
             data = (root / name).read_bytes()
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-            yield data.decode(encoding)
+            yield name, data.decode(encoding)
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
             report.problem(name, str(error))
 
 
 def _c_docstrings() -> Iterator[str]:
-    """A document for each module of the standard library written in C: what its functions and classes do.
+    """A document for each module of the standard library written in C: what its functions and classes do."""
+    for _, entries in groupby(c_docstrings(), key=lambda entry: entry[0]):
+        yield "\n\n".join(f"{path}{signature}\n\n{doc}" for _, path, signature, doc in entries) + "\n"
+
+
+def c_docstrings() -> Iterator[tuple[str, str, str, str]]:
+    """(module, path such as "math.cos", signature such as "(x, /)" or "", docstring) of what is written in C.
 
     Only docstrings and signatures that are part of the binary are taken, never a repr, which may hold an
     address. One that was seen before is left out: classes share many.
@@ -285,9 +293,8 @@ def _c_docstrings() -> Iterator[str]:
     seen: set[str] = set()
     for name in sorted(sys.stdlib_module_names - _SKIPPED_MODULES):
         module = _c_module(name)
-        entries = [] if module is None else list(_entries(name, module, seen))
-        if entries:
-            yield "\n\n".join(entries) + "\n"
+        if module is not None:
+            yield from ((name, *entry) for entry in _entries(name, module, seen))
 
 
 def _c_module(name: str) -> types.ModuleType | None:
@@ -303,11 +310,11 @@ def _c_module(name: str) -> types.ModuleType | None:
         return None
 
 
-def _entries(path: str, owner: types.ModuleType | type, seen: set[str]) -> Iterator[str]:
+def _entries(path: str, owner: types.ModuleType | type, seen: set[str]) -> Iterator[tuple[str, str, str]]:
     doc = vars(owner).get("__doc__")
     if isinstance(doc, str) and doc.strip() and doc not in seen:
         seen.add(doc)
-        yield f"{path}\n\n{doc.strip()}"
+        yield path, "", doc.strip()
     for name, member in sorted(vars(owner).items()):
         if isinstance(member, type) and isinstance(owner, types.ModuleType):
             yield from _entries(f"{path}.{name}", member, seen)
@@ -316,4 +323,4 @@ def _entries(path: str, owner: types.ModuleType | type, seen: set[str]) -> Itera
             if isinstance(doc, str) and doc.strip() and doc not in seen:
                 seen.add(doc)
                 signature = getattr(member, "__text_signature__", None) or ""
-                yield f"{path}.{name}{_SELF.sub('', signature)}\n\n{doc.strip()}"
+                yield f"{path}.{name}", _SELF.sub("", signature), doc.strip()
