@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXT = "data/stdlib"
 DEFAULT_CHAT = "data/stdlib-chat"
+DEFAULT_IDENTITY = "data/identity"
+IDENTITY_SHARE = 0.4
+"""Of calibration's rows, as published; the others are conversations."""
 
 
 def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
@@ -53,21 +56,41 @@ def build(given: dict[str, Any], stage: str = "pretrain") -> Training:
                 "another one with --init-from, or train that one first"
             )
     if not options.data:
-        options.data = [DEFAULT_CHAT if options.is_chat else DEFAULT_TEXT]
-        join(options.timeout).first(lambda: _ensure(options.data[0], options.is_chat))
+        options.data = list(_DEFAULT_DATA[stage])
+        join(options.timeout).first(lambda: [_ensure(path) for path in options.data] and None)
+    if stage == "calibrate":
+        if len(options.data) != 2:
+            raise ValueError(
+                f"calibration takes two datasets, --data IDENTITY CONVERSATIONS, got {len(options.data)}: "
+                f"{' '.join(options.data)}"
+            )
+        options.data_weights = options.data_weights or [IDENTITY_SHARE, 1 - IDENTITY_SHARE]
     return Training(options, shape)
 
 
-def _ensure(path: str, is_chat: bool) -> None:
-    """Make the default dataset where there is none."""
-    if is_chat:
+_DEFAULT_DATA = {
+    "pretrain": [DEFAULT_TEXT],
+    "converse": [DEFAULT_CHAT],
+    "instruct": [DEFAULT_CHAT],
+    "identity": [DEFAULT_IDENTITY],
+    "calibrate": [DEFAULT_IDENTITY, DEFAULT_CHAT],
+}
+
+
+def _ensure(path: str) -> None:
+    """Make a default dataset where there is none."""
+    if path == DEFAULT_TEXT:
+        from .prepare import ensure_default_dataset
+
+        ensure_default_dataset(path)
+    elif path == DEFAULT_CHAT:
         from .chat_prepare import ensure_default_chat
 
         ensure_default_chat(path)
     else:
-        from .prepare import ensure_default_dataset
+        from .identity import ensure_default_identity
 
-        ensure_default_dataset(path)
+        ensure_default_identity(path)
 
 
 def run(given: dict[str, Any], stage: str = "pretrain") -> int:

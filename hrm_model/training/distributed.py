@@ -62,7 +62,7 @@ def spread(model: HRMForCausalLM, parallel: str, ranks: Ranks) -> nn.Module:
         return model
     if parallel != "fsdp":
         ids = [model.device.index] if model.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids)
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(model.device.type, (ranks.size,))
@@ -73,6 +73,10 @@ def spread(model: HRMForCausalLM, parallel: str, ranks: Ranks) -> nn.Module:
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), force_steps=1)
     for part in shards(model):
         part.reshard()
+        # By default FSDP gathers in a backward pass what it saw come next, and processes see different things: only the
+        # first draws samples, and not all have explorers. Here all is gathered by then; a part that names itself waits
+        # for nobody.
+        part.set_modules_to_backward_prefetch([part])
     return model
 
 

@@ -43,14 +43,14 @@ class Evaluation:
         """A record, and the depths; None if `stop` said so in between. All processes have to call it."""
         with gathered(self.model):
             readings = self._read(stop)
-            if readings is None:
+        if readings is None:
+            return None
+        averaged = None
+        if self.average is not None:
+            with self.average.in_place(), gathered(self.model):
+                averaged = self._read(stop)
+            if averaged is None:
                 return None
-            averaged = None
-            if self.average is not None:
-                with self.average.in_place():
-                    averaged = self._read(stop)
-                if averaged is None:
-                    return None
         return self._record(step, readings, averaged)
 
     def _read(self, stop: Callable[[], bool]) -> list[Reading] | None:

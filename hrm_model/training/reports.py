@@ -29,9 +29,14 @@ def evaluation(record: dict[str, Any], own: int | None, depths: DepthStatistics)
     protocol = "at the depth each prefix decides" if own is None else f"{own} step{'s' * (own > 1)}"
     lines = [
         f"val loss {record['val_loss']:.4f} ({protocol}; unigram {record['unigram']:.4f}, bigram "
-        f"{record['bigram']:.4f})  {record['bits_per_byte']:.3f} bits/byte",
+        f"{record['bigram']:.4f})"
+        + (f"  {record['bits_per_byte']:.3f} bits/byte" if "bits_per_byte" in record else ""),
         "val loss by depth: " + "  ".join(f"{s}: {record['loss_by_depth'][str(s)]:.4f}" for s in shown),
     ]
+    if "losses" in record:
+        lines.insert(1, "val loss by dataset: " + "  ".join(f"{name}: {x:.4f}" for name, x in record["losses"].items()))
+    if "ema_val_loss" in record:
+        lines.insert(1, f"val loss of the averaged weights {record['ema_val_loss']:.4f}")
     if own is None:
         histogram = " ".join(f"{s}:{n}" for s, n in record["depths"].items() if n)
         lines += [
