@@ -344,6 +344,11 @@ def _is_abandoned(entry: Path, match: re.Match) -> bool:
     return time.time() - newest > _STALE_AFTER_S
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Whether writing failed for want of space: a full disk, a quota, a limit on file size."""
+    return error.errno in _DISK_FULL
+
+
 def _write_error(error: Exception, target: Path, needed_bytes: int | None) -> CheckpointError:
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"os error (\d+)", str(error))):

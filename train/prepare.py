@@ -1,6 +1,7 @@
 """Turn text into a dataset to train on: python train/prepare.py [--source PATH ...] [--out DIRECTORY].
 
 Without arguments it needs nothing but Python: its language reference and standard library become data/stdlib.
+With --mixture published it prepares the corpora of the published model, from the hub or from files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from hrm_model.training import mixture_command
 from hrm_model.training.prepare import prepare
 from hrm_model.training.shards import SHARD_TOKENS
 
@@ -45,12 +47,20 @@ def _parser() -> argparse.ArgumentParser:
         help=f"most tokens in a file; default {SHARD_TOKENS}",
     )
     add("--overwrite", action="store_true", help="replace a dataset that is there")
+    mixture_command.add_flags(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done or up to date, 1 an error (one line says which), 130 interrupted."""
     options = vars(_parser().parse_args(argv))
+    try:
+        mixture = mixture_command.take_flags(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if mixture["mixture"]:
+        return mixture_command.run(mixture, options)
     sources = options.pop("source")
     out = options.pop("out") or Path("data", Path(sources[0]).resolve().name.split(".")[0])
     try:

@@ -121,6 +121,9 @@ def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
 
 
 def _arguments(path: Path, source: dict[str, Any] | None = None) -> str:
+    if source is not None and "mixture" in source:
+        parent = shlex.quote(str(path.parent))
+        return f"--mixture {source['mixture']} --only {source['name']} --out {parent}"
     sources = "..." if source is None else shlex.join(source.get("paths", ["stdlib"]))
     return f"--source {sources} --out {shlex.quote(str(path))}"
 
