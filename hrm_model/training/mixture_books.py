@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from .corpora import CorpusError
 from .documents import Cursor
 from .partial import PartialDataset
 from .retry import PatientReader
@@ -123,19 +124,23 @@ def marked(reader: PatientReader) -> Iterator[tuple[Batch, list[Piece]]]:
     rows: list[Row] = []
     pieces: list[Piece] = []
     size = 0
-    for number, text in reader:
-        if not text:
-            rows.append(Row(number, skipped="unusable" if text is None else "empty"))
-        for part, ends in _parts(text or ""):
-            rows.append(Row(number, ends))
-            pieces.append(Piece(part, ends, 0))
-            size += len(part)
-            if size >= PIECE_CHARS and not ends:
-                yield Batch(rows, None), pieces
+    try:
+        for number, text in reader:
+            if not text:
+                rows.append(Row(number, skipped="unusable" if text is None else "empty"))
+            for part, ends in _parts(text or ""):
+                rows.append(Row(number, ends))
+                pieces.append(Piece(part, ends, 0))
+                size += len(part)
+                if size >= PIECE_CHARS and not ends:
+                    yield Batch(rows, None), pieces
+                    rows, pieces, size = [], [], 0
+            if size >= PIECE_CHARS or len(rows) >= BATCH_PIECES:
+                yield Batch(rows, reader.position()), pieces
                 rows, pieces, size = [], [], 0
-        if size >= PIECE_CHARS or len(rows) >= BATCH_PIECES:
-            yield Batch(rows, reader.position()), pieces
-            rows, pieces, size = [], [], 0
+    except CorpusError:  # what came before it is not lost
+        yield Batch(rows, reader.stopped()), pieces
+        raise
     if rows:
         yield Batch(rows, reader.position()), pieces
 

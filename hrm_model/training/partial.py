@@ -97,15 +97,11 @@ class PartialDataset(DatasetWriter):
                 entry.unlink()
 
     def _reopen(self, split: str, shard: dict[str, Any]) -> None:
-        path, expected = self._temporary / shard["file"], shard["tokens"] * TOKEN.itemsize
-        found = path.stat().st_size if path.exists() else 0
-        if found < expected or ("sha256" in shard and found != expected):
-            raise damaged(self.out, f"{path} has {found:,} bytes of {expected:,}")
-        if "sha256" in shard:
+        if "sha256" in shard:  # it is full
             return
-        file, digest = open(path, "r+b"), hashlib.sha256()  # noqa: SIM115
+        file, digest = open(self._temporary / shard["file"], "r+b"), hashlib.sha256()  # noqa: SIM115
         self._open[split] = file, digest
-        file.truncate(expected)
+        file.truncate(shard["tokens"] * TOKEN.itemsize)
         while block := file.read(_BLOCK):
             digest.update(block)
 
@@ -117,13 +113,22 @@ def work_of(out: str | Path) -> Path:
 
 
 def read_state(out: str | Path) -> dict[str, Any] | None:
-    """What save() wrote last for an unfinished dataset, {"writer", "state"}; None without. Raises ShardError."""
+    """What save() wrote last for an unfinished dataset, {"writer", "state"}; None without.
+
+    Raises ShardError when it is damaged, or a shard is shorter than what counts of it.
+    """
     path = work_of(out) / STATE
     if not path.exists():
         return None
     try:
         content = read_json(path)
-        _ = content["state"], content["writer"]["splits"], content["writer"]["largest"]
+        _ = content["state"], content["writer"]["largest"]
+        for part in content["writer"]["splits"].values():
+            for shard in part["shards"]:
+                file, expected = path.parent / "dataset" / shard["file"], shard["tokens"] * TOKEN.itemsize
+                found = file.stat().st_size if file.exists() else 0
+                if found < expected or ("sha256" in shard and found != expected):
+                    raise damaged(out, f"{file} has {found:,} bytes of {expected:,}")
     except (CheckpointError, KeyError, TypeError) as error:
         raise damaged(out, f"{path}: {error}") from error
     return content

@@ -90,6 +90,9 @@ def patiently(call: Callable[[], T], corpus: Corpus, backoff: Backoff) -> T:
 class PatientReader:
     """The documents of a corpus from a cursor on, each once, however often reading has to be taken up again.
 
+    After an error it reads from the last cursor that position() returned, and leaves out what it has given already:
+    where a source stands after an error is not relied on.
+
     Attributes: retries, failures that were overcome.
 
     Iterating raises CorpusError for an error that lasts, or after too many in a row.
@@ -97,31 +100,36 @@ class PatientReader:
 
     def __init__(self, documents: Documents, cursor: Cursor, corpus: Corpus, backoff: Backoff):
         self._documents = documents
-        self._safe = cursor
+        self._safe = cursor.get("after", cursor)
+        self._number = cursor.get("next", 0)
         self._corpus = corpus
         self._backoff = backoff
         self.retries = 0
 
     def __iter__(self) -> Iterator[tuple[int, str | None]]:
-        number, failures = self._safe.get("next", 0), 0
+        failures = 0
         while True:
             try:
-                for found, text in self._documents.read(self._safe):
-                    if found < number:  # read again from the last cursor that is known to be good
+                for number, text in self._documents.read(self._safe):
+                    if number < self._number:
                         continue
                     failures = 0
-                    number = found + 1
-                    yield found, text
+                    self._number = number + 1
+                    yield number, text
                 return
             except Exception as error:
                 failures += 1
                 self.retries += 1
-                _wait(error, failures, f"at document {number:,}", self._corpus, self._backoff)
+                _wait(error, failures, f"at document {self._number:,}", self._corpus, self._backoff)
 
     def position(self) -> Cursor:
         """Where to go on after the last document that was given."""
         self._safe = self._documents.position()
         return self._safe
+
+    def stopped(self) -> Cursor:
+        """The same after an error that lasts."""
+        return {"next": self._number, "after": self._safe}
 
 
 def _wait(error: Exception, failures: int, where: str, corpus: Corpus, backoff: Backoff) -> None:

@@ -66,7 +66,7 @@ def encoded(marked: Iterable[tuple[Mark, list[Piece]]], workers: int) -> Iterato
 
     No more than 2 * workers + 1 batches are read ahead. Close the iterator to stop the workers.
 
-    Raises BrokenProcessPool when a worker dies, and what reading the batches raises.
+    Raises BrokenProcessPool when a worker dies, and what reading the batches raises: after those read before it.
     """
     if workers == 1:
         for mark, batch in marked:
@@ -75,8 +75,16 @@ def encoded(marked: Iterable[tuple[Mark, list[Piece]]], workers: int) -> Iterato
     context = multiprocessing.get_context("spawn")  # fork would copy a caller's threads and GPU state
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     pending: deque[tuple[Mark, Future[Encoded]]] = deque()
+    source, failure = iter(marked), None
     try:
-        for mark, batch in marked:
+        while True:
+            try:
+                mark, batch = next(source)
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
+                break
             pending.append((mark, _submit(pool, batch)))
             if len(pending) > 2 * workers:  # bounds the memory
                 mark, future = pending.popleft()
@@ -84,6 +92,8 @@ def encoded(marked: Iterable[tuple[Mark, list[Piece]]], workers: int) -> Iterato
         while pending:
             mark, future = pending.popleft()
             yield mark, future.result()
+        if failure is not None:
+            raise failure
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
