@@ -260,7 +260,7 @@ def killed(tmp_path):
 def test_kill_9_at_random_moments_changes_nothing_about_the_result(tmp_path, killed):
     assert killed(tmp_path / "whole", 600) == 0
     draw, kills = random.Random(0), 0
-    while (code := killed(tmp_path / "cut", 0.02 + 0.25 * draw.random() * (1 + kills / 3))) != 0:
+    while (code := killed(tmp_path / "cut", 0.05 + 0.4 * draw.random() * (1 + kills / 2))) != 0:
         assert code == -signal.SIGKILL
         kills += 1
         assert kills < 40
