@@ -153,6 +153,10 @@ def test_failures_that_pass_are_retried_from_the_document_they_struck(tmp_path, 
         (PermissionError("closed"), "closed; pin another revision"),
         (OSError(errno.ENOSPC, "no space left"), "no space left"),
         (KeyError("odd"), "KeyError: 'odd'; pin another revision"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found x.py"),
+            "--revision prose=refs/convert/parquet",
+        ),
     ],
 )
 def test_failures_that_last_end_at_once_with_corpus_repository_and_remedy(tmp_path, error, message):

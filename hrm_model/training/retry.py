@@ -152,6 +152,11 @@ def _wait(error: Exception, failures: int, where: str, corpus: Corpus, backoff: 
 
 def _remedy(error: BaseException, corpus: Corpus) -> str:
     status = status_of(error)
+    if "scripts are no longer supported" in str(error):
+        return (
+            f"pin a revision of the repository that has files instead (--revision {corpus.name}=refs/convert/parquet, "
+            f"or a pull request, refs/pr/N), or give files: --local {corpus.name}=PATH"
+        )
     if status in (401, 403) or "Gated" in type(error).__name__:
         return f"log in with an account that may read it (hf auth login), or give files: --local {corpus.name}=PATH"
     if status == 404 or isinstance(error, FileNotFoundError):
