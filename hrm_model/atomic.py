@@ -20,7 +20,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,9 @@ def remove_leftovers(parent: str | Path, name: str | None = None) -> None:
                 entry.rename(original)
             except OSError:
                 continue
+        elif entry.is_file():
+            with suppress(OSError):
+                entry.unlink()
         else:
             shutil.rmtree(entry, ignore_errors=True)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..atomic import CheckpointError, read_json, write_file
+from ..atomic import CheckpointError, read_json, remove_leftovers, write_file
 from .corpora import Corpus
 from .shards import MANIFEST, ShardError, open_dataset
 
@@ -66,6 +66,8 @@ def write(
         "seconds": round(sum(found["seconds"] or 0 for found in entries), 2),
     }
     summary = {"max_tokens": max_tokens, "val_fraction": val_fraction, "corpora": entries, "totals": totals}
+    for file in (JSON, MARKDOWN):
+        remove_leftovers(out, file)
     write_file(out / JSON, (json.dumps(summary, indent=2) + "\n").encode(), overwrite=True)
     write_file(out / MARKDOWN, _markdown(summary).encode(), overwrite=True)
 

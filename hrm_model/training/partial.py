@@ -81,8 +81,7 @@ class PartialDataset(DatasetWriter):
         return dataset
 
     def _restore(self) -> None:
-        for name in _temporary_states(self.work):
-            name.unlink(missing_ok=True)
+        remove_leftovers(self.work, STATE)
         if (content := read_state(self.out)) is not None:
             self.state = content["state"]
             self._splits = content["writer"]["splits"]
@@ -145,10 +144,6 @@ def discard(out: str | Path) -> None:
 def damaged(out: str | Path, why: str) -> ShardError:
     """What is raised when unfinished work cannot be gone on with."""
     return ShardError(f"the unfinished work for {out} is damaged ({why}); pass --overwrite to start it anew")
-
-
-def _temporary_states(work: Path) -> list[Path]:
-    return list(work.glob(f".tmp-{STATE}.*"))
 
 
 def _locked(path: Path, out: Path) -> Any:
