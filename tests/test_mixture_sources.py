@@ -16,7 +16,7 @@ from hrm_model.training.documents import LocalDocuments
 from hrm_model.training.hub import HubDocuments, resolve_revision
 from hrm_model.training.mixture import prepare_mixture
 from hrm_model.training.retry import Backoff, is_transient
-from train.prepare import main
+from hrm_model.training.shards import ShardError
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = Corpus("prose", "somebody/prose", None, "text", 10**9, revision=COMMIT)
@@ -286,9 +286,18 @@ def test_without_the_library_one_line_says_what_to_install(tmp_path):
     assert "pip install 'hrm-kernels[data]'" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_no_network_is_needed_for_what_is_finished(tmp_path, capsys):
-    write(tmp_path / "c4.json.gz", some_texts(300))
-    arguments = ["--mixture", "published", "--only", "c4", "--max-tokens", "20000", "--workers", "1"]
-    arguments += ["--local", f"c4={tmp_path / 'c4.json.gz'}", "--out", str(tmp_path / "out")]
-    assert main(arguments) == main(arguments) == 0
-    assert "c4 is up to date" in capsys.readouterr().err
+def test_neither_network_nor_library_is_needed_for_what_is_finished(tmp_path, monkeypatch, capsys):
+    corpus = Corpus("prose", "somebody/prose", None, "text", 500, revision="main")
+    prepare(tmp_path, {"prose": Memory(some_texts(100))}, [corpus], revisions={"prose": COMMIT})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    prepare_mixture(tmp_path, [corpus])
+    assert "prose is up to date" in capsys.readouterr().err
+
+
+def test_files_in_place_of_the_hub_are_other_inputs(tmp_path):
+    corpus = Corpus("prose", "somebody/prose", None, "text", 500, revision="main")
+    write(tmp_path / "in.jsonl", some_texts(100))
+    prepare_mixture(tmp_path / "out", [corpus], local={"prose": [tmp_path / "in.jsonl"]}, workers=1)
+    with pytest.raises(ShardError, match=r"made with source local files \w+, now somebody/prose; give the same"):
+        prepare(tmp_path / "out", {"prose": Memory([])}, [corpus])

@@ -93,7 +93,7 @@ def prepare_mixture(
     jobs = []
     for corpus in chosen(corpora, only, start_from):
         documents = LocalDocuments(corpus, list(local[corpus.name])) if corpus.name in local else None
-        if documents is None and open_hub is hub.HubDocuments:
+        if documents is None and open_hub is hub.HubDocuments and not (out / corpus.name / MANIFEST).exists():
             hub.check_installed(corpus)
         label = mixture if isinstance(mixture, str) else "own"
         job = _Job(corpus, label, out / corpus.name, tokens[corpus.name], options, documents, revisions)
