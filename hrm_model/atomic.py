@@ -20,7 +20,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,9 @@ def remove_leftovers(parent: str | Path, name: str | None = None) -> None:
                 entry.rename(original)
             except OSError:
                 continue
+        elif entry.is_file():
+            with suppress(OSError):
+                entry.unlink()
         else:
             shutil.rmtree(entry, ignore_errors=True)
 
@@ -342,6 +345,11 @@ def _is_abandoned(entry: Path, match: re.Match) -> bool:
     except OSError:
         return False
     return time.time() - newest > _STALE_AFTER_S
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether writing failed for want of space: a full disk, a quota, a limit on file size."""
+    return error.errno in _DISK_FULL
 
 
 def write_error(error: Exception, target: Path, needed_bytes: int | None) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 Without arguments it needs nothing but Python: its language reference and standard library become data/stdlib. With
 --format chat sources are conversations, by default questions and answers about the standard library (data/stdlib-chat).
+With --mixture published it prepares the corpora of the published model, from the hub or from files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from hrm_model.training import mixture_command
 from hrm_model.training.chat_prepare import BLOCK_SIZE, prepare_chat
 from hrm_model.training.prepare import prepare
 from hrm_model.training.shards import SHARD_TOKENS
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--drop", nargs="+", metavar="WORD", help="drop conversations with one of these whole words")
     chat.add_argument("--drop-words", metavar="FILE", help="the same for the words or phrases of a file, one a line")
     chat.add_argument("--no-filter", action="store_true", help="keep duplicates and answers of other assistants")
+    mixture_command.add_flags(parser)
     return parser
 
 
@@ -83,6 +86,13 @@ def _refuse(options: dict[str, Any], where: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done or up to date, 1 an error (one line says which), 130 interrupted."""
     options = vars(_parser().parse_args(argv))
+    try:
+        mixture = mixture_command.take_flags(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if mixture["mixture"]:
+        return mixture_command.run(mixture, options)
     sources = options.pop("source")
     of_chat = {name: options.pop(name) for name in ("block_size", "drop", "drop_words", "no_filter")}
     chat = options.pop("format") == "chat"

@@ -26,7 +26,7 @@ from .chat_report import ChatReport
 from .chat_stdlib import stdlib_conversations
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-EXTRA = 'pip install "hrm-kernels[datasets]"'
+EXTRA = 'pip install "hrm-kernels[data]"'
 
 
 class HubSet(NamedTuple):

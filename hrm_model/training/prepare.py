@@ -9,18 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +32,13 @@ from .shards import (
     check_output,
     open_dataset,
 )
-from .sources import PIECE_CHARS, FileSource, Piece, Report, StdlibSource
+from .sources import FileSource, Report, StdlibSource
+from .tokenise import batches, default_workers, encoded
 
 # 5 % of a small corpus, and of a large one no more than its loss needs: losses of tokens have a standard
 # deviation of about 3 nats, so a million give their mean to 0.003, the standard library's 270,000 to 0.006.
 VAL_FRACTION = 0.05
 VAL_TOKENS = 1_000_000
-_BATCH_PIECES = 10_000
-_BYTES_PER_WORKER = 16_000_000
 _COPY_TOKENS = 4_000_000
 
 Source = FileSource | StdlibSource
@@ -98,7 +89,7 @@ def prepare(
     else:
         source = FileSource(sources, text_key, report)
     if workers is None:
-        workers = min(os.cpu_count() or 1, 8, 1 + source.size // _BYTES_PER_WORKER)
+        workers = default_workers(source.size)
     tokenizer = get_tokenizer()
     options = {
         "val_fraction": val_fraction,
@@ -261,40 +252,20 @@ def _describe(source: Source) -> str:
     return ", ".join(about.get("paths", ())) or f"the standard library of {about['python']}"
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= PIECE_CHARS or len(batch) >= _BATCH_PIECES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(batch: list[Piece]) -> tuple[np.ndarray, list[int], int]:
-    """Ids of a batch (end of text after each document's last piece), ids per piece, bytes of text."""
-    tokenizer = get_tokenizer()
-    encoded = [tokenizer.encode(piece.text) + [tokenizer.eot] * piece.ends for piece in batch]
-    counts = [len(part) for part in encoded]
-    ids = np.fromiter(chain.from_iterable(encoded), dtype=TOKEN, count=sum(counts))
-    return ids, counts, sum(len(piece.text.encode("utf-8", "replace")) for piece in batch)
-
-
 def _tokenise(source: Source, report: Report, workers: int, spool: Path) -> tuple[np.ndarray, int]:
     """Write the ids of all documents to a file; returns their lengths, int64 [n], and the bytes of text."""
     lengths, length, n_bytes, n_tokens = array("q"), 0, 0, 0
     started = time.perf_counter()
-    encoded = _encoded(_batches(source.pieces(report)), workers)
+    marked = (([(piece.ends, piece.size) for piece in batch], batch) for batch in batches(source.pieces(report)))
+    results = encoded(marked, workers)
     with (
         open(spool, "wb") as file,
-        closing(encoded),
+        closing(results),
         tqdm(total=source.size, desc="tokenising", unit="B", unit_scale=True, mininterval=0.5) as bar,
     ):
-        for marks, (ids, counts, size) in encoded:
+        for marks, (ids, counts, sizes) in results:
             file.write(ids)
-            n_bytes += size
+            n_bytes += sum(sizes)
             n_tokens += len(ids)
             for (ends, read), count in zip(marks, counts, strict=True):
                 length += count
@@ -304,50 +275,6 @@ def _tokenise(source: Source, report: Report, workers: int, spool: Path) -> tupl
                 bar.update(read)
             bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
     return np.array(lengths, dtype=np.int64), n_bytes
-
-
-def _encoded(batches: Iterator[list[Piece]], workers: int) -> Iterator[tuple[list[tuple[bool, int]], tuple]]:
-    """(end and size of each piece, what _encode() returns) for each batch, in order."""
-    if workers == 1:
-        for batch in batches:
-            yield [(piece.ends, piece.size) for piece in batch], _encode(batch)
-        return
-    context = multiprocessing.get_context("spawn")  # fork would copy a caller's threads and GPU state
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    pending: deque[tuple[list[tuple[bool, int]], Future]] = deque()
-    try:
-        for batch in batches:
-            marks = [(piece.ends, piece.size) for piece in batch]
-            pending.append((marks, _submit(pool, batch)))
-            if len(pending) > 2 * workers:  # bounds the memory
-                marks, future = pending.popleft()
-                yield marks, future.result()
-        for marks, future in pending:
-            yield marks, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, batch: list[Piece]) -> Future:
-    # submit() starts workers, which inherit what is blocked: Ctrl-C then reaches this process alone.
-    if not hasattr(signal, "pthread_sigmask"):
-        return pool.submit(_encode, batch)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_encode, batch)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:  # killed, it cannot tell its workers to stop
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _write(writer: DatasetWriter, spool: Path, lengths: np.ndarray, chosen: np.ndarray) -> None:

@@ -163,7 +163,10 @@ def _mask_name(shard: str) -> str:
 
 
 def _arguments(path: Path, manifest: dict[str, Any] | None = None) -> str:
-    sources = "..." if manifest is None else shlex.join(manifest["source"].get("paths", ["stdlib"]))
+    source = {} if manifest is None else manifest["source"]
+    if "mixture" in source:
+        return f"--mixture {source['mixture']} --only {source['name']} --out {shlex.quote(str(path.parent))}"
+    sources = "..." if manifest is None else shlex.join(source.get("paths", ["stdlib"]))
     chat = "--format chat " if manifest and manifest.get("format") == "chat" else ""
     return f"{chat}--source {sources} --out {shlex.quote(str(path))}"
 

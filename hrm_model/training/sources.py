@@ -120,7 +120,7 @@ class FileSource:
                 documents = self._lines(file, raw, report) if _is_jsonl(file) else [_reader(raw)]
                 position = 0
                 for read in documents:
-                    for text, ends in _cut(read, report):
+                    for text, ends in cut(read, report):
                         yield Piece(text, ends, raw.tell() - position)
                         position = raw.tell()
 
@@ -175,11 +175,11 @@ class StdlibSource:
     def pieces(self, report: Report) -> Iterator[Piece]:
         """The documents, one after the other, in pieces of about PIECE_CHARS characters."""
         for document in self._texts:
-            for text, ends in _cut(io.StringIO(document, newline="").read, report):
+            for text, ends in cut(io.StringIO(document, newline="").read, report):
                 yield Piece(text, ends, len(text))
 
 
-def _cut(read: Callable[[int], str], report: Report) -> Iterator[tuple[str, bool]]:
+def cut(read: Callable[[int], str], report: Report) -> Iterator[tuple[str, bool]]:
     """(text, whether it is the last) of what `read` gives, cut where the tokenizer's pattern cuts as well.
 
     That is before a white space character between two others. Without one for long, the cut is made anywhere.
