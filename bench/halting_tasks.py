@@ -37,6 +37,7 @@ from torch import Tensor
 
 from bench.common import environment, positive, print_table, save
 from bench.halting_tasks_cases import TASKS, Rows, S, make_model
+from bench.halting_tasks_markdown import tables
 from bench.halting_tasks_plot import draw
 from hrm_model.depth_statistics import DepthStatistics, bootstrap, rank_correlation, shuffled, within
 from hrm_model.exits import exits
@@ -286,6 +287,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=positive, default=2, metavar="N", help="processes of one thread each; default: 2")
     add("--save", action="store_true", help="append the records to bench/results/halting_tasks.jsonl")
     add("--plot", type=Path, metavar="FILE", help="draw loss against steps (needs matplotlib)")
+    add("--markdown", action="store_true", help="print the tables of docs/halting.md, too")
     add("--from", dest="source", type=Path, metavar="FILE", help="records of an earlier run instead of a new one")
     return parser.parse_args(argv)
 
@@ -314,6 +316,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         records = measure(options)
     found = report(records)
+    if options.markdown:
+        for task, table in tables(records).items():
+            print(f"\n**{task}**\n\n{table}")
     if options.plot:
         draw(records, options.plot)
         print(f"wrote {options.plot}")

@@ -12,6 +12,7 @@ import torch
 
 from bench import halting_tasks, halting_text
 from bench.halting_tasks_cases import MOST_OPERATIONS, NODES, POINTER_SETS, TASKS, THINGS, S, _pointer_sets, make_model
+from bench.halting_tasks_markdown import tables
 from hrm_model import HRMConfig, HRMForCausalLM, save_model
 from hrm_model.model import IGNORE
 
@@ -125,3 +126,12 @@ def test_an_untrained_head_is_not_measured(small_dataset, small_model, tmp_path)
     save_model(HRMForCausalLM(HRMConfig.from_dict(json.loads(small_model.read_text()))), tmp_path / "model")
     with pytest.raises(SystemExit, match=r"not trained; train/halting\.py fits one"):
         halting_text.main(["--runs", str(tmp_path / "model"), "--data", str(small_dataset)])
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_committed_records():
+    lines = (RESULTS / "halting_tasks.jsonl").read_text(encoding="utf-8").splitlines()
+    page = (RESULTS.parents[1] / "docs" / "halting.md").read_text(encoding="utf-8")
+    found = tables([json.loads(line) for line in lines])
+    assert list(found) == list(TASKS)
+    for task, table in found.items():
+        assert table in page, task
