@@ -331,7 +331,11 @@ def best_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def _resolve(path: Path) -> Path:
-    """The .safetensors or .pt file that `path` stands for."""
+    """The .safetensors or .pt file that `path` stands for; of a model in shards, the file that they stand for."""
+    if path.suffix == ".safetensors" and path.parent.is_dir():
+        names = [entry.name for entry in path.parent.iterdir()]
+        if CONFIG in names and files_of(path.name, names)[0] in names:
+            return path
     if not path.exists():
         former = interrupted_replacement(path)
         remedy = f"a save over it was interrupted: rename {former} to {path.name}" if former else "check the path"

@@ -30,6 +30,7 @@ from .clock import Clock, duration
 from .dashboard import draw_dashboard
 from .device import choose_device, choose_dtype, choose_kernels, compile_blocks, make_deterministic
 from .distributed import join, local_device, spread
+from .dry_run import dry_run
 from .ema import WeightAverage
 from .evaluation import Evaluation
 from .flops import peak_flops
@@ -170,6 +171,7 @@ class Training:
         run = self.run
         self._print_header()
         if run.dry_run:
+            dry_run(self)
             return 0
         self.metrics, self.trackers = None, None
         if self.ranks.is_first:
