@@ -110,9 +110,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise SystemExit(f"error: a life ended with status {life['status']} after {len(life['seen'])} looks")
             lives.append(life)
             print(f"life {len(lives)}: up to step {life['last']}", flush=True)
-        evaluations = sum(
-            r["kind"] == "eval" for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        )
+        steps, evaluations = steps_of(out, "train"), len(steps_of(out, "eval"))
     rows = [{"life": i, **judge(life)} for i, life in enumerate(lives, 1)]
     unbroken = all(0 < b - a <= 5 for a, b in pairwise(steps))
     print_table(
