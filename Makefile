@@ -6,7 +6,7 @@ run:  ## prepare the default text and train the tiny model on it
 	$(PYTHON) train/pretrain.py
 
 test:  ## everything that takes less than ten minutes on two CPU cores
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist worksteal
 
 lint:
 	$(PYTHON) -m ruff check .
