@@ -73,7 +73,7 @@ def commands() -> list[str]:
     """The two commands without their installation, then those of the section Use, in the README's order."""
     one, two, use = blocks("bash")
     last = [c.strip().split("&&")[-1].strip().replace(".venv/bin/python", "python") for c in (one, two)]
-    assert last == ["python train/pretrain.py", "python -m pytest"]
+    assert last == ["python train/pretrain.py", "python -m pytest -n auto --dist worksteal"]
     lines = [line for line in use.strip().splitlines() if not line.startswith("#")]
     return [last[0], *lines]
 
