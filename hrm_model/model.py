@@ -107,6 +107,7 @@ class HRMForCausalLM(nn.Module):
         return_logits: bool = False,
         reduction: str = "mean",
         z_loss: float = 0.0,
+        loss_rows: Tensor | None = None,
     ) -> HRMOutput:
         """One pass over a batch of right-padded rows; a row's result depends on nothing but that row.
 
@@ -127,6 +128,8 @@ class HRMForCausalLM(nn.Module):
             return_logits: give logits beside the loss.
             reduction: "mean" over real targets or their "sum", which parts of a batch can be added up from.
             z_loss: weight of the squared log-partition in the loss, nats (PaLM, 2022, section 5).
+            loss_rows: [K] int64, where the real targets are in the flattened batch, if the caller knows: nothing else
+                is then decoded to the vocabulary. Of a conversation of which a quarter are answers, that is a quarter.
 
         Raises:
             ValueError: an argument out of range; the message names the value, the limit and the remedy.
@@ -164,7 +167,7 @@ class HRMForCausalLM(nn.Module):
         loss = None
         steps_taken = core.executed_steps - core.halted.long()
         if targets is not None:
-            loss = self.loss(h_BTC, targets, lengths, reduction, z_loss)
+            loss = self.loss(h_BTC, targets, lengths, reduction, z_loss, loss_rows)
             if gradient == "published" and self.training and reduction == "mean":
                 loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
         logits = self.lm_head(h_BTC) if targets is None or return_logits else None
@@ -198,14 +201,23 @@ class HRMForCausalLM(nn.Module):
         return self.ln_f(z_H)
 
     def loss(
-        self, h_BTC: Tensor, targets: Tensor, lengths: Tensor | None, reduction: str = "mean", z_loss: float = 0.0
+        self,
+        h_BTC: Tensor,
+        targets: Tensor,
+        lengths: Tensor | None,
+        reduction: str = "mean",
+        z_loss: float = 0.0,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of hidden states [B, T, C] against targets [B, T], -1 and padding ignored."""
+        """Cross-entropy of hidden states [B, T, C] against targets [B, T], -1 and padding ignored; `rows` as loss_rows
+        in forward()."""
         if lengths is not None:
             padding = torch.arange(targets.shape[1], device=targets.device) >= lengths[:, None]
             targets = targets.masked_fill(padding, IGNORE)
-        h_MC = h_BTC.reshape(-1, h_BTC.shape[-1])
-        return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets.reshape(-1), IGNORE, reduction, z_loss)
+        h_MC, targets = h_BTC.reshape(-1, h_BTC.shape[-1]), targets.reshape(-1)
+        if rows is not None:
+            h_MC, targets = h_MC.index_select(0, rows), targets.index_select(0, rows)
+        return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets, IGNORE, reduction, z_loss)
 
     def generate(self, ids_BT: Tensor, max_new_tokens: int, *args, **options) -> Tensor | Generated | Generation:
         """Continue each row; see hrm_model.generate.generate for the options and results."""

@@ -24,6 +24,9 @@ from .optim import clip_gradients
 from .recipes import TrainConfig
 from .schedule import gradient_window, learning_rate, set_learning_rates
 
+MOSTLY = 0.9
+"""From this share of targets on, picking their rows out costs more than decoding the others."""
+
 
 class NotFiniteError(RuntimeError):
     """The loss or the gradient of a step is not finite; parameters are those before the step."""
@@ -103,6 +106,7 @@ class TrainingStep:
                         gradient_window=window,
                         reduction="sum",
                         z_loss=run.z_loss,
+                        loss_rows=self._loss_rows(batch),
                     )
                 loss = out.loss / n_targets
                 # processes' gradients are averaged, and are wanted summed
@@ -180,6 +184,13 @@ class TrainingStep:
             return depths, None
         lengths = batch.inputs.shape[1] if batch.lengths is None else batch.lengths
         return depths, self.exploration.pooled(samples, lengths)
+
+    def _loss_rows(self, batch: Batch) -> torch.Tensor | None:
+        """Where the targets are, unless nearly everywhere."""
+        rows = np.flatnonzero(batch.targets.ravel() != IGNORE)
+        if not 0 < len(rows) < MOSTLY * batch.targets.size:
+            return None
+        return torch.from_numpy(rows).to(self.model.device)
 
     def _require_finite(self, step: int, losses: list[float], norm: float, plan: list[np.ndarray]) -> None:
         if np.isfinite([*losses, norm]).all():
