@@ -63,10 +63,13 @@ def live(out: Path, data: list[str], seconds: float) -> dict[str, Any]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         status = process.wait()
-    steps = [
-        r["step"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"
-    ]
-    return {"status": status, "seen": seen, "first": None, "last": max(steps, default=0), "logged": steps}
+    return {"status": status, "seen": seen, "last": max(steps_of(out, "train"), default=0)}
+
+
+def steps_of(out: Path, kind: str) -> list[int]:
+    """Steps of a run's records of a kind, as they were written."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r["step"] for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 def judge(life: dict[str, Any]) -> dict[str, Any]:
