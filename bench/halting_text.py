@@ -45,8 +45,10 @@ DATA = "data/stdlib"
 TRAININGS = {
     "tiny": "--recipe tiny",
     "deep": "--recipe tiny --gradient-steps 3",
+    "random": "--recipe tiny --depth random",
     "long": "--recipe tiny --steps 3000 --eval-every 500 --save-every 500",
-    "small": "--recipe small --steps 400 --batch-size 2 --accumulation 1 --warmup 40 --dropout 0 --eval-every 100",
+    "small": "--recipe small --steps 400 --batch-size 2 --accumulation 1 --warmup 40 --dropout 0 --eval-every 100"
+    " --lr 4e-4 --min-lr 4e-5",
     "base": "--recipe base --fused --steps 4000 --warmup 400",
 }
 COMMON = "--halting policy --resume auto --sample-tokens 0"
