@@ -100,6 +100,7 @@ def run(given: dict[str, Any], stage: str = "pretrain") -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
+    training = None
     try:
         try:
             training = build(given, stage)
@@ -115,6 +116,7 @@ def run(given: dict[str, Any], stage: str = "pretrain") -> int:
         print(f"error: {where}{message}", file=sys.stderr)
         return 1
     finally:
+        training = None  # DistributedDataParallel goes before the process group: see leave()
         leave()
 
 
