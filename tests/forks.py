@@ -1,7 +1,7 @@
 """The process that Forks (pretrain_helpers.py) starts: imports torch once and forks the processes of each run.
 
-Requests are lines of JSON: {"start": flags, "stage", "inject", "logs", "env"} is answered with process ids, {"wait": ids,
-"timeout"} with their exit statuses, negative where a signal ended one.
+Requests are lines of JSON: {"start": flags, "stage", "inject", "logs", "env"} is answered with process ids,
+{"wait": ids, "timeout"} with their exit statuses, negative where a signal ended one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.modules["matplotlib"] = None  # pictures would take half of a short run's time
 
-import torch.distributed.fsdp  # noqa: F401
-
-from hrm_model.training import command, loop  # noqa: F401
-from train import converse, instruct, pretrain  # noqa: F401
+for name in ("torch.distributed.fsdp", "hrm_model.training.loop", "train.pretrain", "train.converse"):
+    importlib.import_module(name)
 
 
 def become(flags: list[str], stage: str, inject: str, log: str, env: dict[str, str]) -> None:

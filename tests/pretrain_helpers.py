@@ -87,8 +87,8 @@ def free_port() -> int:
 class Forks:
     """Runs of one or several processes, each forked from one that has imported torch: an import takes seconds.
 
-    A process has the environment that torchrun would give it, and writes what it prints to a file. forks.py is the other
-    side of this.
+    A process has the environment that torchrun would give it, and writes what it prints to a file. forks.py is the
+    other side of this.
     """
 
     def __init__(self, directory: Path):
@@ -108,7 +108,7 @@ class Forks:
         self._server.communicate()
 
     def start(self, size: int, arguments: list[str], stage: str = "pretrain", inject: str = "") -> Job:
-        """Start `size` processes of a stage's script. inject: code that runs in each before, where `rank` is its own."""
+        """Start `size` processes of a stage's script. inject: code that runs in each before, `rank` being its own."""
         self._jobs += 1
         logs = [str(self.directory / f"job-{self._jobs}-{rank}.log") for rank in range(size)]
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -4,8 +4,8 @@
     python train/converse.py --init-from runs/base --data data/oasst1 data/lima --recipe base --fused
     python train/converse.py --resume auto        # the same command after a kill
 
-Conversations are prepared by `train/prepare.py --format chat`; only answers have a loss. One conversation is a row, rows
-of similar length share a micro-batch of --tokens-per-batch.
+Conversations are prepared by `train/prepare.py --format chat`; only answers have a loss. One conversation is a row,
+rows of similar length share a micro-batch of --tokens-per-batch.
 
 Flags that are not given have the recipe's values. Exit status as of train/pretrain.py.
 """
