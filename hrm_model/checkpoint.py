@@ -331,12 +331,10 @@ def best_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def _resolve(path: Path) -> Path:
-    """The .safetensors or .pt file that `path` stands for; of a model in shards, the file that they stand for."""
-    if path.suffix == ".safetensors" and path.parent.is_dir():
-        names = [entry.name for entry in path.parent.iterdir()]
-        if CONFIG in names and files_of(path.name, names)[0] in names:
-            return path
-    if not path.exists():
+    """The .safetensors or .pt file that `path` stands for, which may be there in parts."""
+    in_parts = path.suffix == ".safetensors" and path.parent.is_dir()
+    in_parts = in_parts and files_of(path.name, (entry.name for entry in path.parent.iterdir())) != [path.name]
+    if not path.exists() and not in_parts:
         former = interrupted_replacement(path)
         remedy = f"a save over it was interrupted: rename {former} to {path.name}" if former else "check the path"
         raise CheckpointError(f"{path} does not exist; {remedy}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -71,3 +75,67 @@ def start_from(model: Path, flags: list[str]) -> None:
     """In `flags`, put a model in the place of the configuration."""
     at = flags.index("--config")
     flags[at : at + 2] = ["--init-from", str(model)]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Forks:
+    """Runs of one or several processes, each forked from one that has imported torch: an import takes seconds.
+
+    A process has the environment that torchrun would give it, and writes what it prints to a file. forks.py is the
+    other side of this.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._jobs = 0
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forks.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Forks:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        os.killpg(self._server.pid, signal.SIGKILL)
+        self._server.communicate()
+
+    def start(self, size: int, arguments: list[str], stage: str = "pretrain", inject: str = "") -> Job:
+        """Start `size` processes of a stage's script. inject: code that runs in each before, `rank` being its own."""
+        self._jobs += 1
+        logs = [str(self.directory / f"job-{self._jobs}-{rank}.log") for rank in range(size)]
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        if size == 1:
+            environments = [{}]
+        pids = self.ask(start=list(map(str, arguments)), stage=stage, inject=inject, logs=logs, env=environments)
+        return Job(self, pids, list(map(Path, logs)))
+
+    def run(self, size: int, arguments: list[str], stage: str = "pretrain", inject: str = "", timeout: float = 120):
+        """(exit statuses, what each process printed); -9 where the timeout ended one."""
+        return self.start(size, arguments, stage, inject).wait(timeout)
+
+    def ask(self, **request) -> list[int]:
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+@dataclass
+class Job:
+    """Processes that were started together."""
+
+    forks: Forks
+    pids: list[int]
+    logs: list[Path]
+
+    def wait(self, timeout: float = 120) -> tuple[list[int], list[str]]:
+        codes = self.forks.ask(wait=self.pids, timeout=timeout)
+        return codes, [log.read_text(encoding="utf-8", errors="replace") for log in self.logs]

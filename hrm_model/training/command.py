@@ -100,6 +100,7 @@ def run(given: dict[str, Any], stage: str = "pretrain") -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
+    training = None
     try:
         try:
             training = build(given, stage)
@@ -115,6 +116,7 @@ def run(given: dict[str, Any], stage: str = "pretrain") -> int:
         print(f"error: {where}{message}", file=sys.stderr)
         return 1
     finally:
+        training = None  # DistributedDataParallel goes before the process group: see leave()
         leave()
 
 
@@ -128,10 +130,10 @@ def _explained(error: Exception) -> str | None:
 
     if isinstance(error, (ValueError, OSError, BackendError, OtherRankError)):  # CheckpointError is a ValueError
         return str(error)
-    text = str(error)
+    text = str(error) or type(error).__name__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return (
-            f"out of memory ({text.splitlines()[0] if text else 'no more to be had'}); lower --batch-size (and raise "
+            f"out of memory ({text.splitlines()[0]}); lower --batch-size (and raise "
             "--accumulation in proportion, for the same steps) or --tokens-per-batch, or use --recompute, --dtype "
             "bfloat16, or --parallel fsdp under torchrun; then --resume auto"
         )

@@ -8,6 +8,7 @@ together.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,11 @@ def join(timeout_minutes: float) -> Ranks:
 
 
 def leave() -> None:
-    """End the process group, where there is one."""
+    """End the process group, where there is one. Nothing should refer to a DistributedDataParallel any more: the last
+    to hold the group ends its threads, and DistributedDataParallel would wait for them with Python's lock, for which a
+    thread may be waiting."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

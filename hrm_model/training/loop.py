@@ -26,6 +26,7 @@ from ..config import HRMConfig
 from ..halting import Exploration, Price, price_rate
 from ..model import HRMForCausalLM
 from ..ranks import Ranks
+from ..sharded import in_shards
 from .clock import Clock, duration
 from .dashboard import draw_dashboard
 from .device import choose_device, choose_dtype, choose_kernels, compile_blocks, make_deterministic
@@ -197,8 +198,10 @@ class Training:
                     together = True
                     raise
                 finally:
-                    # whatever ended the loop, the steps that were taken are not lost; unless other processes are
-                    if self.step != self.saved_step and (together or self.ranks.size == 1):
+                    # whatever ended the loop, the steps that were taken are not lost; unless other processes are, or
+                    # it ended in the middle of an update
+                    whole = (together or self.ranks.size == 1) and not self.train_step.updating
+                    if self.step != self.saved_step and whole:
                         self._save()
         except NotFiniteError as error:
             kept = latest_checkpoint(self.out) if self.ranks.is_first else None
@@ -334,6 +337,10 @@ class Training:
         return record
 
     def _save(self) -> None:
+        """Write a checkpoint. Raises NotFiniteError, on all processes, for weights that are no numbers."""
+        own = [p.to_local() if in_shards(p) else p for p in self.model.parameters()]
+        if self.ranks.any(not torch.stack([p.isfinite().all() for p in own]).all().item()):
+            raise NotFiniteError(f"step {self.step}: the weights after it are not finite; they were not saved")
         state = {
             "val_loss": self.val_loss,
             "price": self.price.value,

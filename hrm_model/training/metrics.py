@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import queue
+import threading
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+WAITING_RECORDS = 256
+"""What a tracker that is slow may fall behind by; later records are dropped."""
+PATIENCE_S = 5.0
+"""How long the end of a run waits for trackers."""
 
 
 class MetricsLog:
@@ -53,41 +63,86 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Trackers:
-    """TensorBoard and Weights & Biases, each optional. One that fails warns and is left out; training goes on.
+    """TensorBoard and Weights & Biases, each optional, each in a thread of its own: one that fails or hangs costs
+    a warning, and training goes on.
 
     Args:
         names: "tensorboard" and/or "wandb". directory: where they write. config: the run's resolved configuration.
     """
 
     def __init__(self, names: list[str], directory: Path, config: dict[str, Any]):
-        self._open: dict[str, Any] = {}
-        for name in names:
-            start = {"tensorboard": _TensorBoard, "wandb": _WandB}[name]
-            self._guard(name, lambda name=name, start=start: self._open.update({name: start(directory, config)}))
+        starts = {"tensorboard": _TensorBoard, "wandb": _WandB}
+        self._open = [_Feed(name, lambda name=name: starts[name](directory, config)) for name in names]
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Send the numbers among `values` to every tracker still in use."""
+        """Hand the numbers among `values` to every tracker still in use; nothing is waited for."""
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
-        for name, tracker in list(self._open.items()):
-            self._guard(name, lambda tracker=tracker: tracker.log(step, numbers))
+        for feed in self._open:
+            feed.put(step, numbers)
+        self._report()
 
     def close(self) -> None:
-        """Finish every tracker still in use."""
-        for name, tracker in list(self._open.items()):
-            self._guard(name, tracker.close)
+        """Finish every tracker still in use, waiting PATIENCE_S at most."""
+        end = time.monotonic() + PATIENCE_S
+        for feed in self._open:
+            feed.finish(end)
+        self._report()
 
-    def _guard(self, name: str, action) -> None:
-        # A tracker is a network service in somebody else's package: whatever it raises must not cost a training run.
+    def _report(self) -> None:
+        """Warn of what went wrong since the last time, once of each."""
+        for feed in self._open:
+            for problem in feed.problems():
+                warnings.warn(f"tracker {feed.name} {problem}", RuntimeWarning, stacklevel=3)
+        self._open = [feed for feed in self._open if not feed.ended]
+
+
+class _Feed:
+    """A tracker's thread, and the records that wait for it. A tracker is a network service in somebody else's package:
+    whatever it raises, and however long it takes, must not cost a training run."""
+
+    def __init__(self, name: str, start: Callable[[], Any]):
+        self.name, self.ended = name, False
+        self._error: Exception | None = None
+        self._problems: list[str] = []
+        self._behind = False
+        self._records: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING_RECORDS)
+        self._thread = threading.Thread(target=self._work, args=(start,), name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def _work(self, start: Callable[[], Any]) -> None:
         try:
-            action()
+            tracker = start()
+            while (record := self._records.get()) is not None:
+                tracker.log(*record)
+            tracker.close()
         except Exception as error:
-            self._open.pop(name, None)
-            remedy = f"; pip install 'hrm-kernels[log]' or {name}" if isinstance(error, ImportError) else ""
-            warnings.warn(
-                f"tracker {name} is left out: {type(error).__name__}: {error}{remedy}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self._error = error
+
+    def put(self, step: int, numbers: dict[str, float]) -> None:
+        try:
+            self._records.put_nowait((step, numbers))
+        except queue.Full:
+            if not self._behind and self._thread.is_alive():
+                self._problems.append(f"does not keep up: records from step {step} on are dropped while it is behind")
+            self._behind = True
+
+    def finish(self, end: float) -> None:
+        """Let it take what waits, until time.monotonic() is `end`."""
+        with contextlib.suppress(queue.Full):
+            self._records.put(None, timeout=max(0.0, end - time.monotonic()))
+        self._thread.join(max(0.0, end - time.monotonic()))
+        if self._thread.is_alive():
+            self._problems.append(f"did not finish within {PATIENCE_S:g} s; its last records are lost")
+        self.ended = self._error is None
+
+    def problems(self) -> list[str]:
+        """What is to be said, once."""
+        if self._error is not None and not self.ended:
+            error, self.ended = self._error, True
+            remedy = f"; pip install 'hrm-kernels[log]' or {self.name}" if isinstance(error, ImportError) else ""
+            self._problems.append(f"is left out: {type(error).__name__}: {error}{remedy}")
+        said, self._problems = self._problems, []
+        return said
 
 
 class _TensorBoard:

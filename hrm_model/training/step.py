@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class TrainingStep:
     dtype: torch.dtype
     average: WeightAverage | None = None
     ranks: Ranks = ALONE
+    updating: bool = field(default=False, init=False)
+    """Whether an update was begun and not ended: then the parameters are those of no step."""
 
     def __call__(self, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult | None:
         """Update the parameters once; None, and nothing has happened, where `stop` held on one of the processes.
@@ -125,9 +127,11 @@ class TrainingStep:
         if self.head and head is None:  # with a gradient of 0 the optimizer's momentum would move it
             for p in model.hrm_core.q_head.parameters():
                 p.grad = None
+        self.updating = True
         self.optimizer.step()
         if self.average is not None:
             self.average.update(step + 1)
+        self.updating = False
         tokens, padding, flops, penalty, *histogram = numbers[len(plan) :]
         loss = sum(losses)
         if run.gradient == "published":

@@ -200,9 +200,8 @@ class Validation:
             return part
         order = np.argsort(np.concatenate(ranks.gather(mine)), kind="stable")
         parts = [p for p in ranks.gather(part) if p is not None]
-        columns = [[getattr(p, name) for p in parts] for name in ("losses", "margins", "change", "weights")]
-        joined = (None if column[0] is None else np.concatenate(column)[order] for column in columns)
-        return Reading(*joined)
+        columns = ([getattr(p, name) for p in parts] for name in ("losses", "margins", "change"))
+        return Reading(*(np.concatenate(column)[order] for column in columns), _weights(self.rows.targets))
 
     def bits_per_byte(self, nats_per_token: float) -> float:
         """The loss in bits per UTF-8 byte, comparable between tokenizers."""
@@ -237,8 +236,13 @@ def read_windows(
             columns = [np.zeros((n_rows, n_tokens, here[0].shape[-1]), dtype=np.float32) for _ in here]
         for column, values in zip(columns, here, strict=True):
             column[part, :longest] = values
+    return Reading(*columns, _weights(targets))
+
+
+def _weights(targets: np.ndarray) -> np.ndarray | None:
+    """What each position counts; None where all have a target."""
     counted = targets != IGNORE
-    return Reading(*columns, None if counted.all() else counted.astype(np.float64))
+    return None if counted.all() else counted.astype(np.float64)
 
 
 def reported_depths(max_steps: int) -> list[int]:

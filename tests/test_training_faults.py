@@ -1,0 +1,532 @@
+"""What goes wrong in a run loses nothing but the work since its last save, and an error names the cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+from checkpoint_helpers import adamw, linux, net, run_python, train
+from pretrain_helpers import SCRIPT, Forks, assert_same_bits, checkpoint_of, records, short_run, weights
+
+from hrm_model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from hrm_model.training import metrics
+from hrm_model.training.metrics import Trackers
+from train.pretrain import main
+
+pytestmark = [linux, pytest.mark.filterwarnings("ignore:no dashboard.png")]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
+def short(dataset: Path, model: Path, out: Path) -> list[str]:
+    """Six steps, saved after 2, 4 and 6, with averaged weights."""
+    flags = short_run(dataset, model, out)
+    return [*flags, *f"--steps {STEPS} --batch-size 2 --eval-every 6 --sample-tokens 0 --ema 0.9 --timeout 0.5".split()]
+
+
+@pytest.fixture
+def flags(small_dataset, small_model, tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    return short(small_dataset, small_model, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, forks, small_dataset, small_model):
+    """Uninterrupted runs of one and two processes: size -> its directory."""
+    made = {}
+
+    def run(size: int) -> Path:
+        if size not in made:
+            made[size] = tmp_path_factory.mktemp("whole") / "run"
+            codes, printed = forks.run(size, short(small_dataset, small_model, made[size]))
+            assert codes == [0] * size, printed
+        return made[size]
+
+    return run
+
+
+def at_update(number: int, code: str, of_rank: int = 0, after: bool = False) -> str:
+    """Code to inject: does `code` in one process before or after an optimizer's update, `self` being the optimizer."""
+    before, then = ("pass", code) if after else (code, "pass")
+    return f"""
+import os, resource, signal, torch
+update, count = torch.optim.AdamW.step, [0]
+def updated(self, *args, **kwargs):
+    count[0] += 1
+    hit = count[0] == {number} and rank == {of_rank}
+    if hit: {before}
+    update(self, *args, **kwargs)
+    if hit: {then}
+torch.optim.AdamW.step = updated
+"""
+
+
+def assert_resumes(forks: Forks, flags: list[str], whole: Path, size: int = 1, step: int | None = None) -> None:
+    """The run goes on from `step` and ends at the uninterrupted run's bits, its averages included."""
+    run = Path(flags[flags.index("--out") + 1])
+    codes, printed = forks.run(size, [*flags, "--resume", "auto"])
+    assert codes == [0] * size, printed
+    assert step is None or f"(step {step})" in printed[0]
+    assert_same_bits(weights(run, STEPS), weights(whole, STEPS))
+    averages = [(checkpoint_of(r, STEPS) / "ema.safetensors").read_bytes() for r in (run, whole)]
+    assert averages[0] == averages[1]
+    assert [r["loss"] for r in records(run, "train")] == [r["loss"] for r in records(whole, "train")]
+    assert_no_litter(run)
+
+
+def assert_no_litter(run: Path) -> None:
+    for entry in (run / "checkpoints").iterdir():
+        verify_checkpoint(entry)
+
+
+# -- kills and damage --------------------------------------------------------------------------------------------------
+
+KILLER = """
+import os, sys
+import torch
+from torch import nn
+import hrm_model.sharded as sharded
+from hrm_model.checkpoint import save_checkpoint
+torch.set_num_threads(1)
+torch.optim.AdamW([torch.zeros(1)])
+left = None
+
+def operation(half=lambda: None):
+    global left
+    if left is not None:
+        left -= 1
+        if left < 0:
+            half()
+            os._exit(9)  # as kill -9: no handler, no clean-up
+
+def audited(event, arguments):
+    changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
+        event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wa+"))
+    if changes:
+        operation()
+
+fsync, save_file = os.fsync, sharded.save_file
+def synced(handle):
+    operation()
+    fsync(handle)
+def saved(tensors, path, metadata):
+    def half():
+        save_file(tensors, path, metadata)
+        os.truncate(path, os.path.getsize(path) // 2)
+    operation(half)
+    save_file(tensors, path, metadata)
+    operation()
+
+sys.addaudithook(audited)
+os.fsync, sharded.save_file = synced, saved
+for line in sys.stdin:
+    count, step = map(int, line.split())
+    child = os.fork()
+    if child == 0:
+        torch.manual_seed(step)
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        average = {name: p.detach() + step for name, p in model.named_parameters()}
+        left = count
+        save_checkpoint(sys.argv[1], step, model, optimizer, {}, keep_last=2, average=average)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_kill_at_every_write_fsync_and_rename_of_a_save_with_averages_leaves_whole_checkpoints(tmp_path):
+    def killed_at(count: int, step: int) -> bool:
+        child.stdin.write(f"{count} {step}\n")
+        child.stdin.flush()
+        return {9: True, 0: False}[int(child.stdout.readline())]
+
+    with run_python(KILLER, tmp_path) as child:
+        for step in (1, 2):
+            assert not killed_at(10**6, step)
+        count, step = 0, 3
+        while killed_at(count, step):
+            visible = sorted((tmp_path / "checkpoints").glob("step-*"))
+            for path in visible:
+                verify_checkpoint(path)
+                assert (path / "ema.safetensors").exists()
+            assert len(visible) >= 2, "the checkpoints before are never lost"
+            step = int(visible[-1].name[5:]) + 1
+            count += 1
+        assert count > 30
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "no litter"
+        child.stdin.close()
+
+
+def test_every_byte_wise_damage_of_every_file_is_noticed_and_the_checkpoint_before_serves(tmp_path):
+    model = net()
+    optimizer = adamw(model)
+    train(model, optimizer, range(2))
+    average = dict(model.named_parameters())
+    first, second = (save_checkpoint(tmp_path, n, model, optimizer, {}, average=average) for n in (1, 2))
+    assert len(list(second.iterdir())) == 6
+    for path in sorted(second.iterdir()):
+        content = path.read_bytes()
+        flips = [content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :] for i in range(0, len(content), 97)]
+        cuts = [content[:i] for i in range(0, len(content), 331)]
+        for damaged in (*flips, *cuts, bytes(len(content)), content + b"\0"):
+            path.write_bytes(damaged)
+            if damaged == content + b"\0" and path.name == "manifest.json":
+                continue  # json refuses it, or takes it for what it was
+            warned: list[str] = []
+            assert latest_checkpoint(tmp_path, warned.append) == first, f"{path.name}"
+            assert len(warned) == 1 and path.name in warned[0]
+            with pytest.raises(CheckpointError):
+                load_checkpoint(second, net(), restore_rng=False)
+        path.write_bytes(content)
+    assert latest_checkpoint(tmp_path) == second
+
+
+PARTS = """
+import os, torch
+import hrm_model.sharded as sharded
+save_file, renames = sharded.save_file, [0]
+rename, fsync = os.rename, os.fsync
+def dies(*args, **kwargs):
+    if os.path.exists({trigger!r}):
+        os.kill(os.getpid(), 9)
+def saved(tensors, path, metadata):
+    save_file(tensors, path, metadata)
+    if rank == {victim} and {event!r} == "write" and "step-00000004" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), 9)
+def synced(handle):
+    fsync(handle)
+    name = os.readlink(f"/proc/self/fd/{{handle}}")
+    if rank == {victim} and {event!r} == "fsync" and "step-00000004" in name and "manifest" in name:
+        os.kill(os.getpid(), 9)
+def renamed(source, target, **kwargs):
+    if rank == {victim} and {event!r} == "rename" and str(target).endswith("step-00000004"):
+        os.kill(os.getpid(), 9)
+    rename(source, target, **kwargs)
+sharded.save_file, os.fsync, os.rename = saved, synced, renamed
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "event"), [(0, "write"), (1, "write"), (0, "fsync"), (0, "rename")])
+def test_a_process_killed_in_a_save_in_parts_leaves_the_checkpoint_before(forks, flags, tmp_path, victim, event):
+    flags += ["--parallel", "fsdp"]
+    codes, printed = forks.run(2, flags, inject=PARTS.format(victim=victim, event=event, trigger=""))
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, printed
+    assert "lost the other processes" in printed[1 - victim]
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").glob("step*")} == {"step-00000002"}
+    codes, printed = forks.run(2, [*flags, "--resume", "auto"])
+    assert codes == [0, 0] and "(step 2)" in printed[0], printed
+    assert_no_litter(tmp_path / "run")
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_for_one_process_fails_the_save_of_all(forks, flags, tmp_path):
+    """The file size limit stands for a full disk, in the second process alone."""
+    full = at_update(4, "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))", of_rank=1)
+    codes, printed = forks.run(2, [*flags, "--parallel", "fsdp"], inject=full)
+    assert codes == [1, 1], printed
+    assert "error: process 1: cannot write" in printed[1] and "file too large" in printed[1]
+    assert "another process could not write its part of a checkpoint" in printed[0]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert_no_litter(tmp_path / "run")
+
+
+WITHOUT_PRIVILEGES = """
+import ctypes
+header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+libc = ctypes.CDLL(None)
+assert libc.capget(header, data) == 0
+data[0] &= ~(1 << 1)  # CAP_DAC_OVERRIDE: root writes where permissions forbid it
+assert libc.capset(header, data) == 0
+"""
+
+
+def test_a_read_only_directory_is_named(forks, flags, tmp_path):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o555)
+    codes, printed = forks.run(1, [*flags, "--out", str(tmp_path / "locked" / "run")], inject=WITHOUT_PRIVILEGES)
+    assert codes == [1] and "Permission denied" in printed[0] and str(tmp_path / "locked" / "run") in printed[0]
+    assert "Traceback" not in printed[0]
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+    lock = at_update(3, f"os.chmod({str(checkpoints)!r}, 0o555)")
+    codes, printed = forks.run(1, flags, inject=WITHOUT_PRIVILEGES + lock)
+    checkpoints.chmod(0o755)
+    assert codes == [1] and "Traceback" not in printed[0]
+    assert f"cannot write {checkpoints}/step-00000004" in printed[0] and "check the path and its perm" in printed[0]
+    assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 2)
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+AT_FSYNC = """
+import os, signal
+fsync, count = os.fsync, [0]
+def synced(handle):
+    count[0] += 1
+    if count[0] in {counts}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    fsync(handle)
+os.fsync = synced
+"""
+
+
+def test_a_signal_during_a_save_lets_it_end_and_the_run_goes_on_later(forks, flags, tmp_path, whole):
+    codes, printed = forks.run(1, flags, inject=AT_FSYNC.format(counts=(2,)))
+    assert codes == [75] and "stopped, saved at step 2 of 6" in printed[0]
+    assert_no_litter(tmp_path / "run")
+    assert_resumes(forks, flags, whole(1), step=2)
+
+
+def test_two_signals_during_a_save_leave_at_once_and_the_checkpoint_before_serves(forks, flags, tmp_path, whole):
+    """A save makes nine calls of fsync or so: these come in the second one."""
+    codes, printed = forks.run(1, flags, inject=AT_FSYNC.format(counts=(11, 12)))
+    assert codes == [128 + signal.SIGTERM], printed
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step*")] == ["step-00000002"]
+    assert_resumes(forks, flags, whole(1), step=2)
+
+
+# -- numbers and memory ------------------------------------------------------------------------------------------------
+
+SPOIL = "next(p for group in self.param_groups for p in group['params']).data.view(-1)[0] = float('nan')"
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_weights_that_are_not_finite_are_never_saved(forks, flags, tmp_path, number):
+    """Spoiled by the update before a save, or by an earlier one."""
+    codes, printed = forks.run(1, flags, inject=at_update(number, SPOIL, after=True))
+    assert codes == [76], printed
+    assert f"error: step {number}: the weights after it are not finite; they were not saved" in printed[0]
+    assert "Last good checkpoint: " in printed[0] and "step-00000002" in printed[0]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+NAN_GRADIENT = """
+import torch
+backward, count = torch.Tensor.backward, [0]
+def spoiled(self, *args, **kwargs):
+    count[0] += 1
+    backward(self * float("nan") if count[0] == 5 and rank == 1 else self, *args, **kwargs)
+torch.Tensor.backward = spoiled
+"""
+
+
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_gradient_of_one_process_that_is_not_finite_stops_all_before_the_update(forks, flags, tmp_path, way):
+    codes, printed = forks.run(2, [*flags, "--parallel", way], inject=NAN_GRADIENT)
+    assert codes == [76, 76], printed
+    assert "error: step 3: the gradient norm (nan) is not finite, in samples 8..9, 10..11" in printed[0]
+    assert "no parameter was changed" in printed[0] and "step-00000002" in printed[0] and not printed[1]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_out_of_memory_names_the_flags_to_change(forks, flags):
+    """The address space of a process that has started may grow by 60 MB."""
+    limit = """
+import resource
+pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + 60_000_000,) * 2)
+"""
+    codes, printed = forks.run(1, [*flags, "--batch-size", "30000"], inject=limit)
+    assert codes == [1] and "Traceback" not in printed[0], printed
+    last = printed[0].splitlines()[-1]
+    assert last.startswith("error: out of memory (")
+    assert "--batch-size" in last and "--recompute" in last and "--accumulation" in last
+
+
+def test_memory_that_ends_in_the_middle_of_an_update_saves_no_torn_weights(forks, flags, tmp_path, whole):
+    failing = at_update(4, "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", after=True)
+    codes, printed = forks.run(1, flags, inject=failing)
+    assert codes == [1] and "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in printed[0]
+    assert_resumes(forks, flags, whole(1), step=2)
+
+
+def test_an_error_between_updates_saves_the_steps_that_were_taken(forks, flags, tmp_path, whole):
+    failing = at_update(4, "raise torch.OutOfMemoryError('CUDA out of memory')")
+    failing = failing.replace("torch.optim.AdamW.step", "torch.nn.utils.clip_grads_with_norm_").replace(
+        "4 and", "4 and"
+    )
+    codes, printed = forks.run(1, flags, inject=failing)
+    assert codes == [1] and "out of memory" in printed[0]
+    assert_resumes(forks, flags, whole(1), step=3)
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+KILL, STALL = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGSTOP)"
+
+
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_others_and_resuming_gives_the_same_bits(forks, flags, whole, way, tmp_path):
+    flags += ["--parallel", way]
+    codes, printed = forks.run(2, flags, inject=at_update(3, KILL, of_rank=1))
+    assert codes == [1, -signal.SIGKILL], printed
+    assert "error: lost the other processes" in printed[0] and "--resume auto" in printed[0]
+    assert "Traceback" not in printed[0]
+    if way == "ddp":
+        assert_resumes(forks, flags, whole(2), size=2, step=2)
+
+
+@pytest.mark.parametrize("stalled", [1, 0])
+def test_a_process_that_stalls_ends_the_others_within_the_timeout(forks, flags, stalled):
+    job = forks.start(2, [*flags, "--timeout", "0.15"], inject=at_update(3, STALL, of_rank=stalled))
+    alive = job.pids[1 - stalled]
+    begin = time.monotonic()
+    (code,) = forks.ask(wait=[alive], timeout=60)
+    printed = job.logs[1 - stalled].read_text()
+    assert code == 1 and time.monotonic() - begin < 40, printed
+    assert "lost the other processes" in printed and "longer than --timeout" in printed
+    assert forks.ask(wait=[job.pids[stalled]], timeout=0) == [-signal.SIGKILL]
+
+
+def test_samples_that_one_process_cannot_read_end_all_after_a_save(forks, flags, tmp_path):
+    broken = """
+from hrm_model.training.shards import Split
+read, count = Split.read, [0]
+def failing(self, start, n):
+    count[0] += rank
+    if count[0] == 40:
+        raise OSError(5, "Input/output error")
+    return read(self, start, n)
+Split.read = failing
+"""
+    codes, printed = forks.run(2, [*flags, "--eval-windows", "1", "--save-every", "100"], inject=broken)
+    assert codes == [1, 1], printed
+    assert "another process cannot read its samples" in printed[0] and "saved at step" in printed[0]
+    verify_checkpoint(latest_checkpoint(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_process_and_it_ends_at_the_same_bits(flags, tmp_path, whole):
+    """The first process is killed from outside, once its checkpoint of step 2 is there."""
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*run, str(SCRIPT), *flags, "--resume", "auto"]
+    output = (tmp_path / "log").open("w+")
+    with subprocess.Popen(command, env=environment, stdout=output, stderr=output) as torchrun:
+        while not checkpoint_of(tmp_path / "run", 2).exists() and torchrun.poll() is None:
+            time.sleep(0.02)
+        os.kill(int((tmp_path / "run" / "run.lock").read_text().split()[0]), signal.SIGKILL)
+        code = torchrun.wait(timeout=200)
+    output.seek(0)
+    printed = output.read()
+    assert code == 0, printed
+    assert "resumed from" in printed and printed.count("done: val loss") == 1
+    assert_same_bits(weights(tmp_path / "run", STEPS), weights(whole(2), STEPS))
+
+
+# -- clocks and trackers -----------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_jumps_changes_neither_rates_nor_weights(flags, tmp_path, monkeypatch, whole):
+    jumps = iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 3600.0 * next(jumps))
+    assert main(flags) == 0
+    assert all(0 < r["tokens_per_s"] < 1e9 for r in records(tmp_path / "run", "train"))
+    assert len([p for p in (tmp_path / "run" / "checkpoints").iterdir()]) == 3
+    monkeypatch.undo()
+    assert [r["loss"] for r in records(tmp_path / "run", "train")] == [r["loss"] for r in records(whole(1), "train")]
+
+
+class Blocking:
+    """Stands for the wandb package: a service that does not answer once `log` is called."""
+
+    def __init__(self):
+        self.answers, self.logged = threading.Event(), []
+
+    def module(self) -> types.ModuleType:
+        made = types.ModuleType("wandb")
+        made.init = lambda **options: self
+        return made
+
+    def log(self, numbers: dict, step: int) -> None:
+        self.logged.append(step)
+        self.answers.wait()
+
+    def finish(self) -> None:
+        self.logged.append("finished")
+
+
+@pytest.fixture
+def blocking(monkeypatch):
+    service = Blocking()
+    monkeypatch.setitem(sys.modules, "wandb", service.module())
+    monkeypatch.setattr(metrics, "PATIENCE_S", 0.3)
+    yield service
+    service.answers.set()
+
+
+def test_a_tracker_that_hangs_does_not_stop_training(flags, tmp_path, blocking):
+    with pytest.warns(RuntimeWarning, match="tracker wandb did not finish within 0.3 s; its last records are lost"):
+        assert main([*flags, "--track", "wandb"]) == 0
+    assert len(records(tmp_path / "run", "train")) == STEPS and blocking.logged == [1]
+
+
+def test_a_tracker_that_falls_behind_loses_records_with_one_warning(tmp_path, blocking, recwarn):
+    trackers = Trackers(["wandb"], tmp_path, {})
+    for step in range(metrics.WAITING_RECORDS + 100):
+        trackers.log(step, {"loss": 1.0})
+    said = [str(w.message) for w in recwarn]
+    assert len(said) == 1 and "tracker wandb does not keep up: records from step 25" in said[0]
+    trackers.close()
+    assert "did not finish" in str(recwarn.list[-1].message) and len(recwarn) == 2
+
+
+def test_a_tracker_gets_every_record_in_order_and_is_finished(tmp_path, blocking):
+    blocking.answers.set()
+    trackers = Trackers(["wandb"], tmp_path, {})
+    for step in range(50):
+        trackers.log(step, {"kind": "train", "step": step, "loss": 1.0})
+    trackers.close()
+    assert blocking.logged == [*range(50), "finished"]
+
+
+def test_a_tracker_that_fails_later_is_left_out_with_one_warning(tmp_path, blocking, monkeypatch, recwarn):
+    def failing(numbers, step):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(blocking, "log", failing)
+    trackers = Trackers(["wandb"], tmp_path, {})
+    trackers.log(1, {"loss": 1.0})
+    trackers.close()
+    assert [str(w.message) for w in recwarn] == ["tracker wandb is left out: ConnectionError: no route to host"]
+
+
+def test_the_metrics_of_a_run_survive_a_cut_and_nul_bytes(tmp_path):
+    """What a power cut leaves of a file's last block."""
+    log = metrics.MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        log.write({"kind": "train", "step": step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(json.dumps({"kind": "train", "step": 3})[:9].encode() + bytes(100))
+    again = metrics.MetricsLog(tmp_path / "metrics.jsonl", resume_step=2)
+    again.close()
+    assert [r["step"] for r in again.records] == [1, 2] and records(tmp_path, "train") == again.records
