@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .loop import Training
 
 DEFAULT_TEXT = "data/stdlib"
-DEFAULT_CHAT = "data/stdlib-chat"
+DEFAULT_TURNS = "data/stdlib-turns"
+DEFAULT_PAIRS = "data/stdlib-pairs"
 DEFAULT_IDENTITY = "data/identity"
 IDENTITY_SHARE = 0.4
 """Of calibration's rows, as published; the others are conversations."""
@@ -70,10 +71,10 @@ def build(given: dict[str, Any], stage: str = "pretrain") -> Training:
 
 _DEFAULT_DATA = {
     "pretrain": [DEFAULT_TEXT],
-    "converse": [DEFAULT_CHAT],
-    "instruct": [DEFAULT_CHAT],
+    "converse": [DEFAULT_TURNS],
+    "instruct": [DEFAULT_PAIRS],
     "identity": [DEFAULT_IDENTITY],
-    "calibrate": [DEFAULT_IDENTITY, DEFAULT_CHAT],
+    "calibrate": [DEFAULT_IDENTITY, DEFAULT_TURNS],
 }
 
 
@@ -83,10 +84,10 @@ def _ensure(path: str) -> None:
         from .prepare import ensure_default_dataset
 
         ensure_default_dataset(path)
-    elif path == DEFAULT_CHAT:
+    elif path in (DEFAULT_TURNS, DEFAULT_PAIRS):
         from .chat_prepare import ensure_default_chat
 
-        ensure_default_chat(path)
+        ensure_default_chat(path, Path(path).name)
     else:
         from .identity import ensure_default_identity
 
