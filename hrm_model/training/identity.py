@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +17,13 @@ from .chat_prepare import SMALLEST_BLOCK, prepare_chat
 from .chat_report import ChatReport
 from .chat_sources import Item
 from .identity_pairs import PROPORTIONS, Pair, conversations, identity_pairs
-from .persona import DEFAULT_PERSONA, Persona
+from .persona import DEFAULT_PERSONA, Persona, read_persona
 from .prepare import VAL_FRACTION
-from .shards import MANIFEST, Dataset, open_dataset
+from .shards import MANIFEST, Dataset, ShardError, open_dataset
 
 PAIRS = 2800
 """As many as were published."""
+DEFAULT_PATH = "data/identity"
 
 
 def prepare_identity(
@@ -35,10 +37,10 @@ def prepare_identity(
     val_fraction: float = VAL_FRACTION,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write the dataset directory `out`: n pairs of question and answer, some of them in conversations of several turns.
+    """Write the dataset directory `out`: n pairs of question and answer, some in conversations of several turns.
 
-    Nothing is done if it is there already. The pairs are a function of (persona, n, seed, proportions); no phrasing of a
-    validation question is in a training conversation.
+    Nothing is done if it is there already. The pairs are a function of (persona, n, seed, proportions); no phrasing of
+    a validation question is in a training conversation.
 
     Args:
         out: the directory. It appears when it is complete, and never half.
@@ -61,7 +63,9 @@ def prepare_identity(
     summary = prepare_chat(
         out, [source], block_size=block_size, val_fraction=val_fraction, seed=seed, filters=False, overwrite=overwrite
     )
-    about = {name: source.description[name] for name in ("pairs", "categories", "distinct_questions", "distinct_answers")}
+    about = {
+        name: source.description[name] for name in ("pairs", "categories", "distinct_questions", "distinct_answers")
+    }
     if not summary["up_to_date"]:
         print(
             f"{about['pairs']:,} pairs ({', '.join(f'{n:,} {name}' for name, n in about['categories'].items())}): "
@@ -69,6 +73,36 @@ def prepare_identity(
             flush=True,
         )
     return summary | about
+
+
+def dataset_path(persona_file: str | None = None) -> str:
+    """Where the set of a persona's file, or of the default persona, is by default.
+
+    Raises:
+        ValueError: the file cannot be used.
+    """
+    if persona_file is None:
+        return DEFAULT_PATH
+    name = re.sub(r"\W+", "-", read_persona(persona_file).name.lower()).strip("-")
+    return f"{DEFAULT_PATH}-{name or 'persona'}"
+
+
+def make_identity(out: str, persona_file: str | None = None, **options: Any) -> dict[str, Any]:
+    """prepare_identity() for a command: the persona is a file's, and a set of other inputs that is there stays.
+
+    Raises:
+        ValueError, OSError: as prepare_identity().
+    """
+    persona = DEFAULT_PERSONA if persona_file is None else read_persona(persona_file)
+    try:
+        return prepare_identity(out, persona, **options)
+    except ShardError as error:
+        if "other inputs" not in str(error):
+            raise
+        raise ShardError(
+            f"{out} is there and was made from another persona or with other options than these; write this one with "
+            "--data-only --out DIR and train on it with --data DIR, or replace the other with --data-only --overwrite"
+        ) from error
 
 
 def ensure_default_identity(out: str | Path) -> Dataset:
@@ -97,6 +131,7 @@ class IdentityChat:
             "persona": persona.as_dict(),
             "pairs": n,
             "seed": seed,
+            "proportions": dict(proportions),
             "categories": dict(Counter(pair.category for pair in pairs)),
             "distinct_questions": len({pair.question for pair in pairs}),
             "distinct_answers": len({pair.answer for pair in pairs}),

@@ -54,7 +54,7 @@ def identity_pairs(persona: Persona, n: int, seed: int, proportions: Mapping[str
         ValueError: n below 1, or more than there are different pairs of some category; proportions that are none.
     """
     if n < 1:
-        raise ValueError(f"--pairs {n} is below 1; {2800} were published")
+        raise ValueError(f"--pairs {n} is below 1; 2800 were published")
     pairs: list[Pair] = []
     for number, (category, count) in enumerate(shares(proportions, n).items()):
         topics, seen = CATEGORIES[category], set()
@@ -71,8 +71,8 @@ def identity_pairs(persona: Persona, n: int, seed: int, proportions: Mapping[str
                     break
             else:
                 raise ValueError(
-                    f"--pairs {n} asks for {count} pairs of the category {category}, and after {i} no different one was "
-                    f"found about {name!r}; ask for fewer, or give that category a smaller share with --proportions"
+                    f"--pairs {n} asks for {count} pairs of the category {category}, and after {i} no different one "
+                    f"was found about {name!r}; ask for fewer, or give that category a smaller share with --proportions"
                 )
     return pairs
 
@@ -110,6 +110,21 @@ def is_right(pair: Pair, answer: str, persona: Persona) -> bool:
         says = ("{name}", "{kind}", "know")
     wanted = [_filled(text, persona, None).lower() for text in says]
     return any(text in answer.lower() for text in wanted)
+
+
+def parse_proportions(text: str) -> dict[str, float]:
+    """{"greetings": 0.3, ..} of "greetings=0.3,identity=0.25"; what is not named has none. Raises ValueError."""
+    found = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"--proportions {text!r} has {part.strip()!r}, expected NAME=SHARE, such as greetings=0.3,identity=0.7"
+            ) from None
+    shares(found, 1)
+    return found
 
 
 def shares(proportions: Mapping[str, float], n: int) -> dict[str, int]:
@@ -196,7 +211,9 @@ def _filled(form: str, persona: Persona, draw: _Draws | None) -> str:
 def _listed(texts: list[str], word: str) -> str:
     """One or all but too many: an answer stays short."""
     texts = texts[:3]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {word} {texts[-1]}"
+    if len(texts) < 3:
+        return f" {word} ".join(texts)
+    return f"{texts[0]}, {texts[1]}, {word} {texts[2]}"
 
 
 def _typed(text: str, name: str, greeting: bool, draw: _Draws) -> str:

@@ -1,8 +1,8 @@
 """What people ask a model about itself and what it answers: forms, of which identity.py makes questions and answers.
 
-[a|b] is one of its alternatives, [|a] may be absent. {name}, {kind}, {maker}, {description}, {cutoff},
-{ability}, {abilities}, {limit} and {limits} are the persona's. Each topic has forms of questions and of answers; those of
-"unknown" take the place of the answers where the persona leaves `needs` empty.
+[a|b] is one of its alternatives, [|a] may be absent. {name}, {kind}, {maker}, {description}, {cutoff}, {ability},
+{abilities}, {limit} and {limits} are the persona's. Each topic has forms of questions and answers; "unknown"
+are its answers where the persona leaves `needs` empty.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ IDENTITY = {
             "[Who|What] are you[| exactly| really|, please]",
             "[Who|What] am I [talking|speaking|chatting] [to|with]",
             "[Tell me|Say|Explain|Please tell me] [who you are|what you are|who I am talking to]",
-            "[Can you|Could you|Would you|Will you] [introduce yourself|tell me who you are|say who you are|present yourself]",
+            "[Can you|Could you|Would you|Will you] [introduce yourself|say who you are|present yourself]",
             "[Introduce yourself|Please introduce yourself|Present yourself|Describe yourself|Tell me about yourself]",
             "[What do you call yourself|Who is this|Who is answering|What is {name}|Who is {name}]",
             "[I'd like to know|I want to know|I wonder] [who you are|what you are]",
@@ -117,8 +117,8 @@ IDENTITY = {
     ),
     "human": Topic(
         questions=(
-            "Are you [a human|human|a person|a real person|a man or a machine|a woman|a man|alive|a living being]",
-            "Are you [a robot|a bot|a machine|a computer|a program|an AI|artificial|a chatbot|software|a language model]",
+            "Are you [a human|human|a person|a real person|a man or a machine|a woman|a man|a living being]",
+            "Are you [a robot|a bot|a machine|a computer|a program|an AI|a chatbot|software]",
             "Am I [talking|speaking|chatting] [to|with] [a human|a person|a machine|a bot|an AI|a real person]",
             "Is [this|there] [a person|a human|a real person] [here|on the other side|answering me|behind this]",
             "[Do you have|Have you got] [a body|feelings|emotions|a soul|a mind of your own|consciousness]",
@@ -180,7 +180,10 @@ IDENTITY = {
             "{description} I'm {kind}.",
         ),
         needs="description",
-        unknown=("I'm {name}, {kind}. I write one token after the other.", "I'm {kind}. I predict text token by token."),
+        unknown=(
+            "I'm {name}, {kind}. I write one token after the other.",
+            "I'm {kind}. I predict text token by token.",
+        ),
         says=("{kind}",),
     ),
     "cutoff": Topic(
@@ -188,7 +191,7 @@ IDENTITY = {
             "[When|Where] does your knowledge [end|stop]",
             "[What is|What's] your [knowledge cutoff|cutoff date|training cutoff]",
             "[How recent|How old|How current|How up to date] is your [knowledge|information|training data]",
-            "[Do you know|Can you tell me|Have you heard] [today's news|what happened today|the latest news|recent events]",
+            "[Do you know|Can you tell me|Have you heard] [today's news|what happened today|the latest news]",
         ),
         answers=("My knowledge ends in {cutoff}.", "I learned from text up to {cutoff}, so I know nothing later."),
         needs="cutoff",
@@ -273,8 +276,8 @@ SMALL_TALK = {
         questions=(
             "[Thanks|Thank you|Many thanks|Thanks a lot|Thank you very much|Thank you so much|Cheers|I thank you]",
             "[Thanks|Thank you|Many thanks|Cheers], [{name}|that helps|that was helpful|that's all|you are kind|great]",
-            "[Thanks|Thank you] for [your help|helping|the answer|your answer|your time|everything|that|the explanation]",
-            "[That was|That's|This was|This is] [helpful|very helpful|useful|good to know|kind of you|a good answer|great]",
+            "[Thanks|Thank you] for [your help|helping|the answer|your answer|your time|everything|that]",
+            "[That was|That's|This was|This is] [helpful|very helpful|useful|good to know|kind of you|a good answer]",
         ),
         answers=(
             "You're welcome!",
@@ -287,8 +290,8 @@ SMALL_TALK = {
     "goodbye": Topic(
         questions=(
             "[Bye|Goodbye|Bye bye|See you|See you later|Farewell|Good night|So long|Take care|See you soon|Cheerio]",
-            "[Bye|Goodbye|Good night|Farewell|See you], [{name}|my friend|assistant|and thanks|until tomorrow|take care]",
-            "[I have to go|I must go|I have to leave|I'm leaving|I'm off|That is all for today|Time to go][| now|, bye]",
+            "[Bye|Goodbye|Good night|Farewell|See you], [{name}|my friend|assistant|and thanks|until tomorrow]",
+            "[I have to go|I must go|I have to leave|I'm leaving|I'm off|That is all|Time to go][| now|, bye]",
         ),
         answers=("Goodbye! [Take care.|Come back whenever you like.]", "Goodbye, and have a good day!"),
         says=("goodbye",),
@@ -325,7 +328,7 @@ SMALL_TALK = {
     ),
     "favourite": Topic(
         questions=(
-            "[What is|What's|Tell me|And what is] your [favourite|favorite] [colour|food|book|song|animal|city|film|game]",
+            "[What is|What's|Tell me|And what is] your [favourite|favorite] [colour|food|book|song|animal|city|film]",
             "[Do you like|Do you love|Do you enjoy] [music|football|coffee|films|cats|dogs|books|summer|me|your work]",
             "[What do you do|What do you like to do] [for fun|in your free time|all day|at weekends|when nobody asks]",
         ),

@@ -230,7 +230,7 @@ class Training:
 
     def _train(self, stop: Interrupt) -> None:
         run = self.run
-        if run.max_rise and self.start_loss is None:
+        if run.is_chat and self.start_loss is None:  # what the stage begins from, for its report and for --max-rise
             record = self._evaluate(stop)
             if record is None:
                 return

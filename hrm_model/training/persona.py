@@ -73,7 +73,7 @@ def read_persona(path: str | Path) -> Persona:
     """The persona of a .json file, or of a .yaml or .yml file where PyYAML is installed.
 
     Raises:
-        PersonaError: the file cannot be read or is of another kind, or keys or values are wrong; all of them are listed.
+        PersonaError: the file cannot be read or is of another kind, or keys or values are wrong; all are listed.
     """
     path = Path(path)
     values = _read(path)

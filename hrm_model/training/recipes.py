@@ -24,11 +24,12 @@ class TrainConfig:
     recipe: str = "tiny"
     """model and hyperparameters to start from: tiny, small or base"""
     data: list[str] = field(default_factory=list)
-    """prepared datasets (directories made by train/prepare.py); default: the standard library's text"""
+    """prepared datasets (directories made by train/prepare.py); default: made from the standard library, or of an
+    identity"""
     data_weights: list[float] = field(default_factory=list)
-    """one weight per dataset; default: their token counts"""
+    """one weight per dataset; default: their token counts, of conversations their number; calibrate has 0.4 0.6"""
     out: str = ""
-    """directory of the run; default runs/RECIPE"""
+    """directory of the run; default runs/RECIPE, of later stages runs/RECIPE-STAGE"""
     config: str = ""
     """a config.json that replaces the recipe's model"""
     init_from: str = ""
@@ -363,5 +364,10 @@ def default_out(stage: str, recipe: str) -> str:
 
 def default_start(stage: str, recipe: str) -> str:
     """The run that a stage goes on from by default: the stage before it."""
+    return default_out(stage_before(stage), recipe) if stage != "pretrain" else ""
+
+
+def stage_before(stage: str) -> str:
+    """The stage that comes before one that is not the first."""
     names = list(STAGES)
-    return default_out(names[names.index(stage) - 1], recipe) if stage != "pretrain" else ""
+    return names[names.index(stage) - 1]
