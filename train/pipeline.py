@@ -1,9 +1,9 @@
 """All stages, from text to a model that says who it is: python train/pipeline.py [--recipe tiny] [--resume auto].
 
 prepare -> pretrain -> converse -> instruct -> identity -> calibrate -> three questions to the result. Offline, from
-nothing; recipe tiny takes less than a quarter of an hour on two CPU cores. With --resume auto stages that have finished are
-skipped and one that was killed goes on. The pipeline ends at the first stage that fails, with its exit status. The last
-line is JSON.
+nothing; recipe tiny takes less than a quarter of an hour on two CPU cores. With --resume auto stages that have finished
+are skipped and one that was killed goes on. The pipeline ends at the first stage that fails, with its exit status. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def stages(options: argparse.Namespace) -> list[tuple[str, Any, list[str]]]:
     """(name, main function, flags) of every stage, in order. Raises ValueError for a persona that cannot be used."""
-    from hrm_model.training.command import DEFAULT_TURNS
+    from hrm_model.training.command import DEFAULT_TEXT, DEFAULT_TURNS
     from hrm_model.training.identity import dataset_path
     from hrm_model.training.recipes import STAGES
+    from hrm_model.training.shards import MANIFEST
     from train import calibrate, converse, identity, instruct, prepare, pretrain
 
     scripts = (pretrain, converse, instruct, identity, calibrate)
@@ -48,7 +49,9 @@ def stages(options: argparse.Namespace) -> list[tuple[str, Any, list[str]]]:
     for name in ("fused", "device", "steps"):
         value = getattr(options, name)
         common += [f"--{name.replace('_', '-')}={value}"] if value is not None else []
-    found, before = [("prepare", prepare.main, [])], None
+    found, before = [], None
+    if not (Path(DEFAULT_TEXT) / MANIFEST).exists():
+        found.append(("prepare", prepare.main, []))
     for stage, script in zip(STAGES, scripts, strict=True):
         flags = [*common, "--out", run_of(options, stage)]
         if before:
