@@ -25,6 +25,8 @@ FAMILIES = 20
 PROPORTIONS = {"greetings": 0.30, "identity": 0.25, "help": 0.25, "small_talk": 0.20}
 """Share of each category's pairs, as published."""
 _ATTEMPTS = 200
+_VARIANTS = 25
+"""Ways of typing a phrasing that are surely found."""
 _QUESTION = re.compile(
     r"(?:who|what|which|where|when|why|how|is|are|am|was|were|do|does|did|can|could|would|will|should|may|shall|have|has|"
     r"had|by whom|in what)\b",
@@ -59,6 +61,19 @@ def identity_pairs(persona: Persona, n: int, seed: int, proportions: Mapping[str
     for number, (category, count) in enumerate(shares(proportions, n).items()):
         topics, seen = CATEGORIES[category], set()
         names = list(topics)
+        most = (
+            len(names)
+            * _VARIANTS
+            * min(
+                len(_phrasings(t.questions)) * min(len(_phrasings(a)) for a in (t.answers, t.unknown) if a)
+                for t in topics.values()
+            )
+        )
+        if count > most:
+            raise ValueError(
+                f"--pairs {n} asks for {count} pairs of the category {category}, of which {most} different ones can be "
+                "made; ask for fewer, or give that category a smaller share with --proportions"
+            )
         for i in range(count):
             name = names[i % len(names)]
             for attempt in range(_ATTEMPTS):
@@ -70,10 +85,7 @@ def identity_pairs(persona: Persona, n: int, seed: int, proportions: Mapping[str
                     pairs.append(pair)
                     break
             else:
-                raise ValueError(
-                    f"--pairs {n} asks for {count} pairs of the category {category}, and after {i} no different one "
-                    f"was found about {name!r}; ask for fewer, or give that category a smaller share with --proportions"
-                )
+                raise AssertionError(f"no new pair about {name!r} in {_ATTEMPTS} attempts: _VARIANTS is too large")
     return pairs
 
 
