@@ -24,6 +24,8 @@ DROPOUT_STREAM = 7
 ROW_STREAM = 8
 """Of dataset d in a mixture of conversations: ROW_STREAM + 256 d."""
 BATCH_STREAM = 9
+PHRASE_STREAM = 10
+"""What an identity's questions and answers are composed of."""
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the stage's flags."""
+    from hrm_model.training import command
+
+    return command.stage_parser(stage, description)
 
 
 def parse(stage: str, description: str, argv: list[str] | None) -> argparse.Namespace:
     """The flags that were given; those that were not are absent."""
-    from hrm_model.training.command import stage_parser
-
     return stage_parser(stage, description).parse_args(argv)
 
 
 def run_stage(stage: str, description: str, argv: list[str] | None) -> int:
     """Run a stage; returns its exit status."""
+    return run_command(vars(parse(stage, description, argv)), stage)
+
+
+def run_command(given: dict[str, Any], stage: str, make_data: Callable[[], list[str]] | None = None) -> int:
+    """Run a stage with these flags; returns its exit status. See hrm_model/training/command.py."""
     try:
         from hrm_model.training import command
     except ValueError as error:  # of HRM_KERNELS: as wrong as a flag
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return command.run(vars(parse(stage, description, argv)), stage)
+    return command.run(given, stage, make_data)

@@ -4,7 +4,8 @@
     python train/instruct.py --init-from runs/base-converse --data data/alpaca data/dolly --recipe base --fused
     python train/instruct.py --resume auto        # the same command after a kill
 
-Data as for train/converse.py: `train/prepare.py --format chat`. Published hyper-parameters are those of --recipe base.
+Without --data the standard library's single questions and answers are made (data/stdlib-pairs); others come from
+`train/prepare.py --format chat`. Published hyper-parameters are those of --recipe base.
 
 Flags that are not given have the recipe's values. Exit status as of train/pretrain.py.
 """

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from hrm_model.training import mixture_command
-from hrm_model.training.chat_prepare import BLOCK_SIZE, prepare_chat
+from hrm_model.training.chat_prepare import BLOCK_SIZE, SMALLEST_BLOCK, prepare_chat
 from hrm_model.training.prepare import prepare
 from hrm_model.training.shards import SHARD_TOKENS
 
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="text files, .jsonl, .jsonl.gz, folders of these; default: stdlib, what Python brings along. With "
         "--format chat: alpaca, alpaca-gpt4, dolly, lima, oasst1, mixed (of the Hugging Face hub, or as NAME=PATH of "
-        "files), stdlib, files of messages: .jsonl, .jsonl.gz, .json, .parquet",
+        "files), stdlib, stdlib-turns, stdlib-pairs, files of messages: .jsonl, .jsonl.gz, .json, .parquet",
     )
     add("--format", choices=["text", "chat"], default="text", help="what the sources are; default: text")
     add("--out", help="dataset directory; default: data/stdlib, or data/ and the name of the first source")
@@ -54,7 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="replace a dataset that is there")
     chat = parser.add_argument_group("with --format chat")
-    chat.add_argument("--block-size", type=int, help=f"longer conversations are split at turns; default {BLOCK_SIZE}")
+    chat.add_argument(
+        "--block-size",
+        type=int,
+        help=f"longer conversations are split at turns; default {BLOCK_SIZE}, of stdlib {SMALLEST_BLOCK}",
+    )
     chat.add_argument("--drop", nargs="+", metavar="WORD", help="drop conversations with one of these whole words")
     chat.add_argument("--drop-words", metavar="FILE", help="the same for the words or phrases of a file, one a line")
     chat.add_argument("--no-filter", action="store_true", help="keep duplicates and answers of other assistants")

@@ -18,7 +18,7 @@ from ..tokenizer import get_tokenizer
 from .chat_filters import CLAIMS, Filter, read_words
 from .chat_fit import fit
 from .chat_report import ChatReport
-from .chat_sources import STDLIB, Source, open_sources
+from .chat_sources import STDLIB, STDLIB_PARTS, Source, open_sources
 from .prepare import VAL_FRACTION, choose_validation
 from .shards import (
     FORMAT_VERSION,
@@ -32,13 +32,15 @@ from .shards import (
 )
 
 BLOCK_SIZE = 512
+SMALLEST_BLOCK = 128
+"""That of the smallest recipe: what is prepared by default for every recipe fits it."""
 
 
 def prepare_chat(
     out: str | Path,
-    sources: Sequence[str] | None = None,
+    sources: Sequence[str | Source] | None = None,
     *,
-    block_size: int = BLOCK_SIZE,
+    block_size: int | None = None,
     val_fraction: float = VAL_FRACTION,
     seed: int = 0,
     drop: Sequence[str] = (),
@@ -51,8 +53,9 @@ def prepare_chat(
 
     Args:
         out: the directory. It appears when it is complete, and never half.
-        sources: names and paths (see chat_sources.py); None for what Python brings along.
-        block_size: the most tokens that a model will see; a longer conversation is split at turns.
+        sources: names and paths (see chat_sources.py), or sources; None for what Python brings along.
+        block_size: the most tokens that a model will see; a longer conversation is split at turns. None: 512, and for
+            the standard library alone, whose conversations are short, 128, which every recipe can take.
         val_fraction: validation share of the tokens, below 1. Above 0 at least one conversation validates.
         seed: which conversations validate.
         drop: words or phrases; conversations that have one are dropped.
@@ -70,13 +73,16 @@ def prepare_chat(
         ShardError: `out` is in the way, of other inputs, damaged or cannot be written.
     """
     started = time.perf_counter()
+    sources = list(sources or [STDLIB])
+    if block_size is None:
+        block_size = SMALLEST_BLOCK if set(sources) <= STDLIB_PARTS.keys() else BLOCK_SIZE
     _check_options(block_size, val_fraction, shard_tokens)
     out, report, tokenizer = Path(out), ChatReport(), get_tokenizer()
     words = [*drop, *(read_words(drop_words) if drop_words is not None else [])]
     keep = Filter(words, claims=filters, duplicates=filters)
     check_output(out, overwrite=True)  # what no option could help comes before any work
-    names = list(sources or [STDLIB])
-    opened = open_sources(names)
+    names = [source if isinstance(source, str) else source.name for source in sources]
+    opened = open_sources(sources)
     options = {"block_size": block_size, "val_fraction": val_fraction, "seed": seed, "drop": keep.words}
     options |= {"filters": filters, "shard_tokens": shard_tokens}
     inputs = [FORMAT_VERSION, "chat", tokenizer.sha256, INSTRUCTION, LABELS, CLAIMS, options]
@@ -147,10 +153,10 @@ def prepare_chat(
     return {"out": str(out), "up_to_date": False, **counts, "seconds": round(seconds, 2)}
 
 
-def ensure_default_chat(out: str | Path) -> Dataset:
+def ensure_default_chat(out: str | Path, source: str = STDLIB) -> Dataset:
     """The dataset at `out`, made from what Python brings along if there is none. Raises as prepare_chat() does."""
     if not (Path(out) / MANIFEST).exists():
-        prepare_chat(out)
+        prepare_chat(out, [source])
     return open_dataset(out)
 
 

@@ -1,6 +1,7 @@
 """Where conversations come from: the standard library, known sets of the Hugging Face hub, files.
 
-stdlib                       questions and answers made of what every Python brings along
+stdlib                       questions and answers made of what every Python brings along; stdlib-turns are those of
+                             several turns, stdlib-pairs the others
 alpaca lima oasst1 ...       a known set, fetched from the hub; mixed is all of them
 alpaca=PATH                  the same set from files that are here
 PATH                         .jsonl, .jsonl.gz, .json (a list), .parquet, folders of these: any form of chat_forms.py
@@ -16,7 +17,7 @@ import os
 import platform
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +50,8 @@ HUB = {
 }
 MIXED = "mixed"
 STDLIB = "stdlib"
+STDLIB_PARTS = {STDLIB: (1, 99), f"{STDLIB}-pairs": (1, 1), f"{STDLIB}-turns": (2, 99)}
+"""Turns of a conversation, from and to, of the standard library's source and its two parts."""
 
 
 class Item(NamedTuple):
@@ -72,16 +75,19 @@ class Source(Protocol):
         """The conversations; the report is told of what is none."""
 
 
-def open_sources(names: list[str]) -> list[Source]:
-    """A source for each name or path (`mixed` becomes several), in order.
+def open_sources(names: Sequence[str | Source]) -> list[Source]:
+    """A source for each name or path (`mixed` becomes several), in order; what is one already stays.
 
     Raises ValueError for one that does not exist or cannot be reached.
     """
     sources: list[Source] = []
     for name in names:
+        if not isinstance(name, str):
+            sources.append(name)
+            continue
         known, equals, path = name.partition("=")
-        if name == STDLIB:
-            sources.append(StdlibChat())
+        if name in STDLIB_PARTS:
+            sources.append(StdlibChat(name))
         elif name == MIXED:
             sources += [HubChat(part) for part in HUB]
         elif name in HUB:
@@ -98,17 +104,17 @@ def open_sources(names: list[str]) -> list[Source]:
 class StdlibChat:
     """See chat_stdlib.py."""
 
-    name = STDLIB
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = STDLIB):
+        self.name = name
+        fewest, most = STDLIB_PARTS[name]
         python = f"{platform.python_implementation()} {platform.python_version()}"
-        self._conversations = list(stdlib_conversations())
+        self._conversations = [c for c in stdlib_conversations() if fewest <= len(c[1]) // 2 <= most]
         self.fingerprint = hashlib.sha256(json.dumps(self._conversations).encode()).hexdigest()
-        self.description = {"name": STDLIB, "python": python, "platform": sys.platform, "sha256": self.fingerprint}
+        self.description = {"name": name, "python": python, "platform": sys.platform, "sha256": self.fingerprint}
 
     def items(self, report: ChatReport) -> Iterator[Item]:
         for number, (subject, messages) in enumerate(self._conversations, 1):
-            yield Item(messages, f"{STDLIB}:{number}", f"{STDLIB} {subject}")
+            yield Item(messages, f"{self.name}:{number}", f"{STDLIB} {subject}")
 
 
 class FileChat:
@@ -210,7 +216,7 @@ def _files_under(path: Path) -> list[Path]:
             raise ValueError(f"{path} is of no kind that holds conversations; give one of {kinds}")
         return [path]
     if not path.is_dir():
-        known = ", ".join([STDLIB, *HUB, MIXED])
+        known = ", ".join([*STDLIB_PARTS, *HUB, MIXED])
         raise ValueError(f"source {path} does not exist; give a file, a folder or one of {known}")
     files = []
     for folder, folders, names in os.walk(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from .loop import Training
 
 DEFAULT_TEXT = "data/stdlib"
-DEFAULT_CHAT = "data/stdlib-chat"
+DEFAULT_TURNS = "data/stdlib-turns"
+DEFAULT_PAIRS = "data/stdlib-pairs"
 DEFAULT_IDENTITY = "data/identity"
 IDENTITY_SHARE = 0.4
 """Of calibration's rows, as published; the others are conversations."""
@@ -32,8 +34,11 @@ def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def build(given: dict[str, Any], stage: str = "pretrain") -> Training:
+def build(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], list[str]] | None = None) -> Training:
     """The run that the flags ask for, its default data prepared if none is named.
+
+    Args:
+        given: flags by name. make_data: prepares other data than the default and returns its paths.
 
     Raises:
         ValueError, OSError: something about the options, the data or the directory is wrong.
@@ -43,21 +48,24 @@ def build(given: dict[str, Any], stage: str = "pretrain") -> Training:
     from ..atomic import read_json
     from .distributed import join
     from .loop import Training
-    from .recipes import TrainConfig, default_start
+    from .recipes import TrainConfig, default_start, stage_before
 
     recipe = given.pop("recipe", None) or ("base" if torch.cuda.is_available() else "tiny")
     options = TrainConfig.of_recipe(recipe, stage, **given)
     shape = read_json(Path(options.config)) if options.config else None
     if options.is_chat and not options.init_from:
         options.init_from = default_start(stage, recipe)
-        if not Path(options.init_from).exists():
+        # a run that is resumed has its own weights
+        resumes = options.resume == "auto" and (Path(options.out) / "checkpoints").exists()
+        if not resumes and not Path(options.init_from).exists():
+            before = stage_before(stage)
             raise ValueError(
-                f"train/{stage}.py goes on from a model, by default {options.init_from}, which does not exist; give "
-                "another one with --init-from, or train that one first"
+                f"train/{stage}.py goes on from a model, by default {options.init_from}, which does not exist; first "
+                f"run python train/{before}.py --recipe {recipe}, or give another model with --init-from"
             )
     if not options.data:
-        options.data = list(_DEFAULT_DATA[stage])
-        join(options.timeout).first(lambda: [_ensure(path) for path in options.data] and None)
+        make = make_data or (lambda: default_data(stage))
+        options.data = join(options.timeout).first(make)
     if stage == "calibrate":
         if len(options.data) != 2:
             raise ValueError(
@@ -70,11 +78,18 @@ def build(given: dict[str, Any], stage: str = "pretrain") -> Training:
 
 _DEFAULT_DATA = {
     "pretrain": [DEFAULT_TEXT],
-    "converse": [DEFAULT_CHAT],
-    "instruct": [DEFAULT_CHAT],
+    "converse": [DEFAULT_TURNS],
+    "instruct": [DEFAULT_PAIRS],
     "identity": [DEFAULT_IDENTITY],
-    "calibrate": [DEFAULT_IDENTITY, DEFAULT_CHAT],
+    "calibrate": [DEFAULT_IDENTITY, DEFAULT_TURNS],
 }
+
+
+def default_data(stage: str) -> list[str]:
+    """The paths of a stage's default datasets; what is missing of them is made. Raises ValueError or OSError."""
+    for path in _DEFAULT_DATA[stage]:
+        _ensure(path)
+    return list(_DEFAULT_DATA[stage])
 
 
 def _ensure(path: str) -> None:
@@ -83,17 +98,17 @@ def _ensure(path: str) -> None:
         from .prepare import ensure_default_dataset
 
         ensure_default_dataset(path)
-    elif path == DEFAULT_CHAT:
+    elif path in (DEFAULT_TURNS, DEFAULT_PAIRS):
         from .chat_prepare import ensure_default_chat
 
-        ensure_default_chat(path)
+        ensure_default_chat(path, Path(path).name)
     else:
         from .identity import ensure_default_identity
 
         ensure_default_identity(path)
 
 
-def run(given: dict[str, Any], stage: str = "pretrain") -> int:
+def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], list[str]] | None = None) -> int:
     """Build the run and train; returns the process's exit status, an error being one line."""
     from .distributed import leave
 
@@ -103,7 +118,7 @@ def run(given: dict[str, Any], stage: str = "pretrain") -> int:
     training = None
     try:
         try:
-            training = build(given, stage)
+            training = build(given, stage, make_data)
         except KeyboardInterrupt:
             print("\nstopped before training began; nothing was lost", file=sys.stderr)
             return 130

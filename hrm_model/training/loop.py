@@ -82,12 +82,12 @@ class Training:
         if run.compile:
             compile_blocks(self.model)
         wrapped = spread(self.model, run.parallel, self.ranks)
-        exploration = self._exploration()
+        self.exploration = self._exploration()
         self.head = HeadTraining(self.model, run.halting, self.price, run.decisions) if run.trains_head else None
         self.optimizer = build_optimizer(self.model, run)
         self.average = WeightAverage(self.model, run.ema) if run.ema else None
         self.train_step = TrainingStep(
-            run, self.model, wrapped, self.data.training, self.optimizer, exploration, self.head, self.dtype,
+            run, self.model, wrapped, self.data.training, self.optimizer, self.exploration, self.head, self.dtype,
             self.average, self.ranks,
         )  # fmt: skip
         self.evaluation = Evaluation(run, self.model, self.data.validations, self.dtype, self.average, self.ranks)
@@ -235,7 +235,7 @@ class Training:
 
     def _train(self, stop: Interrupt) -> None:
         run = self.run
-        if run.max_rise and self.start_loss is None:
+        if run.is_chat and self.start_loss is None:  # what the stage begins from, for its report and for --max-rise
             record = self._evaluate(stop)
             if record is None:
                 return
@@ -377,7 +377,7 @@ class Training:
             f"a step, up to {c.hrm_max_steps} steps\n"
             f"data    {self.data.summary()}\n"
             f"run     {run.steps} steps of {rows}, "
-            f"{depth_plan(run, self.train_step.exploration.warmup)}, in {self.out}\n"
+            f"{depth_plan(run, self.exploration.warmup)}, in {self.out}\n"
             f"device  {several if self.ranks.size > 1 else ''}{self.device}, {str(self.dtype).removeprefix('torch.')}, "
             f"{torch.get_num_threads()} threads; "
             + ("a resumed run gives the same bits" if exact else "resuming keeps the data order, not every bit")

@@ -24,11 +24,12 @@ class TrainConfig:
     recipe: str = "tiny"
     """model and hyperparameters to start from: tiny, small or base"""
     data: list[str] = field(default_factory=list)
-    """prepared datasets (directories made by train/prepare.py); default: the standard library's text"""
+    """prepared datasets (directories made by train/prepare.py); default: made from the standard library, or of an
+    identity"""
     data_weights: list[float] = field(default_factory=list)
-    """one weight per dataset; default: their token counts"""
+    """one weight per dataset; default: their token counts, of conversations their number; calibrate has 0.4 0.6"""
     out: str = ""
-    """directory of the run; default runs/RECIPE"""
+    """directory of the run; default runs/RECIPE, of later stages runs/RECIPE-STAGE"""
     config: str = ""
     """a config.json that replaces the recipe's model"""
     init_from: str = ""
@@ -326,9 +327,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
 _SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
-_TINY = (
-    dict(tokens_per_batch=1024, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
-)
+_TINY = dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
 _SMALL = (
     dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
 )
@@ -336,7 +335,8 @@ _SMALL = (
 _BASE = dict(tokens_per_batch=32 * 512, accumulation=1, lr=6e-6, min_lr=6e-7, warmup=500, weight_decay=0.01)
 _BASE |= dict(dropout=0.1, depth_warmup=0.0, epochs=3.0, eval_windows=256, eval_every=250, save_every=250)
 _FINE_TUNING = {
-    "tiny": dict(steps=200, lr=5e-4, min_lr=5e-5) | _TINY,
+    # As in pretraining, many small steps: two minutes or so on two CPU cores.
+    "tiny": dict(steps=200, lr=1e-3, min_lr=1e-4) | _TINY,
     "small": dict(epochs=2.0, lr=1e-4, min_lr=1e-5) | _SMALL,
     "base": _BASE,
 }
@@ -346,7 +346,7 @@ _CALIBRATION = {
     "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
 }
-_IDENTITY_LENGTH = {"tiny": {"steps": 100}, "small": {"epochs": 2.0}, "base": {"epochs": 3.0}}
+_IDENTITY_LENGTH = {"tiny": {"steps": 300}, "small": {"epochs": 2.0}, "base": {"epochs": 3.0}}
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "pretrain": RECIPES,
     "converse": _FINE_TUNING,
@@ -363,5 +363,10 @@ def default_out(stage: str, recipe: str) -> str:
 
 def default_start(stage: str, recipe: str) -> str:
     """The run that a stage goes on from by default: the stage before it."""
+    return default_out(stage_before(stage), recipe) if stage != "pretrain" else ""
+
+
+def stage_before(stage: str) -> str:
+    """The stage that comes before one that is not the first."""
     names = list(STAGES)
-    return default_out(names[names.index(stage) - 1], recipe) if stage != "pretrain" else ""
+    return names[names.index(stage) - 1]

@@ -72,13 +72,16 @@ def open_stage_data(run: TrainConfig, config: HRMConfig) -> StageData:
     )  # fmt: skip
     if run.epochs:
         run.steps = steps_of(rows, run.epochs)
+    names = [Path(d.path).name for d in datasets]
+    if len(set(names)) < len(names):  # each is a key in the metrics
+        names = [str(d.path) for d in datasets]
     apart = [[d] for d in datasets] if run.stage == "calibrate" else [datasets]
     shares = rows.shares if run.stage == "calibrate" else [1.0]
     validations = []
-    for group, share in zip(apart, shares, strict=True):
+    for name, group, share in zip(names, apart, shares, strict=False):
         count = max(1, run.eval_windows // len(apart))
         found = validation_rows(group, config.block_size, count, run.train_on_prompt, config.vocab_size)
-        validations.append((Path(group[0].path).name, _validation(found, group, config), share))
+        validations.append((name, _validation(found, group, config), share))
     return StageData(datasets, rows, validations, rows.padding_share(min(run.steps, 100)))
 
 
