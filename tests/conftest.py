@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,29 @@ def small_model(tmp_path_factory) -> Path:
     shape |= dict(hrm_H_layers=1, hrm_L_layers=1, hrm_H_cycles=1, hrm_L_cycles=1, hrm_max_steps=3, halt_bias=0.0)
     path = tmp_path_factory.mktemp("shape") / "config.json"
     path.write_text(json.dumps(shape), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """A dataset of text with 61 ids, each likely to follow the one before."""
+    from conversation_datasets import TINY
+
+    from hrm_model.training.shards import DatasetWriter
+
+    path, chance = tmp_path_factory.mktemp("tiny") / "data", np.random.default_rng(0)
+    with DatasetWriter(path, 3000) as writer:
+        for split, n in (("train", 8000), ("val", 800)):
+            writer.append(split, (np.arange(n) * 7 + chance.integers(0, 4, n)) % 60, documents=1)
+        writer.commit(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(small_model, tmp_path_factory) -> Path:
+    """small_model with the vocabulary of tiny_dataset."""
+    path = tmp_path_factory.mktemp("tiny-shape") / "config.json"
+    path.write_text(json.dumps(json.loads(small_model.read_text()) | {"vocab_size": 61}), encoding="utf-8")
     return path
 
 

@@ -19,6 +19,7 @@ sys.modules["matplotlib"] = None  # pictures would take half of a short run's ti
 
 for name in ("torch.distributed.fsdp", "hrm_model.training.loop", "train.pretrain", "train.converse"):
     importlib.import_module(name)
+importlib.import_module("hrm_model.tokenizer").get_tokenizer().token_bytes()
 
 
 def become(flags: list[str], stage: str, inject: str, log: str, env: dict[str, str]) -> None:

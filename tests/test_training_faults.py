@@ -38,20 +38,20 @@ def short(dataset: Path, model: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture
-def flags(small_dataset, small_model, tmp_path, monkeypatch) -> list[str]:
+def flags(tiny_dataset, tiny_model, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    return short(small_dataset, small_model, tmp_path / "run")
+    return short(tiny_dataset, tiny_model, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, forks, small_dataset, small_model):
+def whole(tmp_path_factory, forks, tiny_dataset, tiny_model):
     """Uninterrupted runs of one and two processes: size -> its directory."""
     made = {}
 
     def run(size: int) -> Path:
         if size not in made:
             made[size] = tmp_path_factory.mktemp("whole") / "run"
-            codes, printed = forks.run(size, short(small_dataset, small_model, made[size]))
+            codes, printed = forks.run(size, short(tiny_dataset, tiny_model, made[size]))
             assert codes == [0] * size, printed
         return made[size]
 
@@ -101,7 +101,10 @@ from torch import nn
 import hrm_model.sharded as sharded
 from hrm_model.checkpoint import save_checkpoint
 torch.set_num_threads(1)
-torch.optim.AdamW([torch.zeros(1)])
+model = nn.Linear(3, 3)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(1, 3)).sum().backward()
+optimizer.step()
 left = None
 
 def operation(half=lambda: None):
@@ -136,11 +139,6 @@ for line in sys.stdin:
     count, step = map(int, line.split())
     child = os.fork()
     if child == 0:
-        torch.manual_seed(step)
-        model = nn.Linear(3, 3)
-        optimizer = torch.optim.AdamW(model.parameters())
-        model(torch.ones(1, 3)).sum().backward()
-        optimizer.step()
         average = {name: p.detach() + step for name, p in model.named_parameters()}
         left = count
         save_checkpoint(sys.argv[1], step, model, optimizer, {}, keep_last=2, average=average)
@@ -185,11 +183,9 @@ def test_every_byte_wise_damage_of_every_file_is_noticed_and_the_checkpoint_befo
         cuts = [content[:i] for i in range(0, len(content), 331)]
         for damaged in (*flips, *cuts, bytes(len(content)), content + b"\0"):
             path.write_bytes(damaged)
-            if damaged == content + b"\0" and path.name == "manifest.json":
-                continue  # json refuses it, or takes it for what it was
             warned: list[str] = []
             assert latest_checkpoint(tmp_path, warned.append) == first, f"{path.name}"
-            assert len(warned) == 1 and path.name in warned[0]
+            assert len(warned) == 1 and (path.name in warned[0] or path.name == "manifest.json")
             with pytest.raises(CheckpointError):
                 load_checkpoint(second, net(), restore_rng=False)
         path.write_bytes(content)
@@ -240,7 +236,7 @@ def test_a_process_killed_in_a_save_in_parts_leaves_the_checkpoint_before(forks,
 
 def test_a_disk_that_is_full_for_one_process_fails_the_save_of_all(forks, flags, tmp_path):
     """The file size limit stands for a full disk, in the second process alone."""
-    full = at_update(4, "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))", of_rank=1)
+    full = at_update(4, "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))", of_rank=1)
     codes, printed = forks.run(2, [*flags, "--parallel", "fsdp"], inject=full)
     assert codes == [1, 1], printed
     assert "error: process 1: cannot write" in printed[1] and "file too large" in printed[1]
@@ -385,9 +381,9 @@ def test_a_process_that_dies_ends_the_others_and_resuming_gives_the_same_bits(fo
         assert_resumes(forks, flags, whole(2), size=2, step=2)
 
 
-@pytest.mark.parametrize("stalled", [1, 0])
+@pytest.mark.parametrize("stalled", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_stalls_ends_the_others_within_the_timeout(forks, flags, stalled):
-    job = forks.start(2, [*flags, "--timeout", "0.15"], inject=at_update(3, STALL, of_rank=stalled))
+    job = forks.start(2, [*flags, "--timeout", "0.1"], inject=at_update(3, STALL, of_rank=stalled))
     alive = job.pids[1 - stalled]
     begin = time.monotonic()
     (code,) = forks.ask(wait=[alive], timeout=60)
@@ -397,21 +393,19 @@ def test_a_process_that_stalls_ends_the_others_within_the_timeout(forks, flags, 
     assert forks.ask(wait=[job.pids[stalled]], timeout=0) == [-signal.SIGKILL]
 
 
-def test_samples_that_one_process_cannot_read_end_all_after_a_save(forks, flags, tmp_path):
+def test_samples_that_one_process_cannot_read_end_all_after_a_save(forks, flags, tmp_path, whole):
     broken = """
-from hrm_model.training.shards import Split
-read, count = Split.read, [0]
-def failing(self, start, n):
-    count[0] += rank
-    if count[0] == 40:
-        raise OSError(5, "Input/output error")
-    return read(self, start, n)
-Split.read = failing
+import numpy
+def failing(self, key):
+    raise OSError(5, "Input/output error")
 """
-    codes, printed = forks.run(2, [*flags, "--eval-windows", "1", "--save-every", "100"], inject=broken)
+    broken += at_update(3, "numpy.memmap.__getitem__ = failing", of_rank=1)
+    codes, printed = forks.run(2, flags, inject=broken)
     assert codes == [1, 1], printed
-    assert "another process cannot read its samples" in printed[0] and "saved at step" in printed[0]
-    verify_checkpoint(latest_checkpoint(tmp_path / "run"))
+    assert "error: step 4: another process cannot read its samples" in printed[0]
+    assert "error: process 1: step 4: [Errno 5] Input/output error; saved at step 3" in printed[1]
+    assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 3)
+    assert_resumes(forks, flags, whole(2), size=2, step=3)
 
 
 @pytest.mark.slow
@@ -450,7 +444,7 @@ def test_a_clock_that_jumps_changes_neither_rates_nor_weights(flags, tmp_path, m
     monkeypatch.setattr(time, "time", lambda: 1e9 - 3600.0 * next(jumps))
     assert main(flags) == 0
     assert all(0 < r["tokens_per_s"] < 1e9 for r in records(tmp_path / "run", "train"))
-    assert len([p for p in (tmp_path / "run" / "checkpoints").iterdir()]) == 3
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
     monkeypatch.undo()
     assert [r["loss"] for r in records(tmp_path / "run", "train")] == [r["loss"] for r in records(whole(1), "train")]
 

@@ -210,7 +210,9 @@ class Training:
             )
             return EXIT_NOT_FINITE
         except DataError as error:
-            self._fail(f"{error}; saved at step {self.step}")
+            if error.__cause__ or self.ranks.is_first:  # whoever could not read knows what
+                where = "" if self.ranks.is_first else f"process {self.ranks.rank}: "
+                print(f"error: {where}{error}; saved at step {self.step}", file=sys.stderr, flush=True)
             return 1
         finally:
             self._close()
