@@ -63,6 +63,15 @@ def tiny_model(small_model, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Runs of several processes that need not import torch, see pretrain_helpers.Forks."""
+    from pretrain_helpers import Forks
+
+    with Forks(tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
 @pytest.fixture
 def nan_filled():
     """Memory that torch allocates is full of nan, so that an element a kernel does not write is seen."""

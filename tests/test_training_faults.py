@@ -25,12 +25,6 @@ pytestmark = [linux, pytest.mark.filterwarnings("ignore:no dashboard.png")]
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as started:
-        yield started
-
-
 def short(dataset: Path, model: Path, out: Path) -> list[str]:
     """Six steps, saved after 2, 4 and 6, with averaged weights."""
     flags = short_run(dataset, model, out)
