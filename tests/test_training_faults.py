@@ -402,32 +402,42 @@ def failing(self, key):
     assert_resumes(forks, flags, whole(2), size=2, step=3)
 
 
+def torchrun(flags: list[str], log: Path, *options: str) -> subprocess.Popen:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        return subprocess.Popen([*run, str(SCRIPT), *flags], env=environment, stdout=output, stderr=output)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    while not checkpoint_of(run, step).exists() and process.poll() is None:
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process_and_it_ends_at_the_same_bits(flags, tmp_path, whole):
     """The first process is killed from outside, once its checkpoint of step 2 is there."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*run, str(SCRIPT), *flags, "--resume", "auto"]
-    output = (tmp_path / "log").open("w+")
-    with subprocess.Popen(command, env=environment, stdout=output, stderr=output) as torchrun:
-        while not checkpoint_of(tmp_path / "run", 2).exists() and torchrun.poll() is None:
-            time.sleep(0.02)
+    with torchrun([*flags, "--resume", "auto"], tmp_path / "log", "--max-restarts", "1") as process:
+        wait_for_step(tmp_path / "run", 2, process)
         os.kill(int((tmp_path / "run" / "run.lock").read_text().split()[0]), signal.SIGKILL)
-        code = torchrun.wait(timeout=200)
-    output.seek(0)
-    printed = output.read()
+        code = process.wait(timeout=200)
+    printed = (tmp_path / "log").read_text()
     assert code == 0, printed
     assert "resumed from" in printed and printed.count("done: val loss") == 1
     assert_same_bits(weights(tmp_path / "run", STEPS), weights(whole(2), STEPS))
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_lets_all_its_processes_save_and_leave(flags, tmp_path):
+    with torchrun([*flags, "--steps", "100000"], tmp_path / "log") as process:
+        wait_for_step(tmp_path / "run", 2, process)
+        process.terminate()
+        process.wait(timeout=100)
+    printed = (tmp_path / "log").read_text()
+    assert "stopped, saved at step" in printed, printed
+    step = int(printed.split("stopped, saved at step ")[1].split()[0])
+    assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", step)
+    assert_no_litter(tmp_path / "run")
 
 
 # -- clocks and trackers -----------------------------------------------------------------------------------------------
