@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ class Runs:
         self.directory, self.forks = directory, forks
         self.data, self.model = {"pretrain": text, "converse": talk}, model
         self._made: dict[tuple, Path] = {}
+        self._names = itertools.count()
 
     def flags(self, stage: str, out: Path, *more: str) -> list[str]:
         paths = ["--data", str(self.data[stage]), "--init-from", str(self.model), "--out", str(out)]
@@ -46,7 +48,7 @@ class Runs:
     def __call__(self, stage: str, size: int, parallel: str = "auto", *more: str) -> Path:
         key = stage, size, parallel, *more
         if key not in self._made:
-            out = self.directory / f"run-{len(self._made)}"
+            out = self.directory / f"run-{next(self._names)}"
             codes, printed = self.forks.run(size, self.flags(stage, out, "--parallel", parallel, *more), stage)
             assert codes == [0] * size, printed
             assert all(not text for text in printed[1:]), "one process speaks for all"
@@ -130,12 +132,18 @@ def test_the_rows_of_these_runs_halt_at_different_steps_by_decision(runs):
 
 @slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    "options", ["--gradient-window 2 --recompute", "--gradient-steps 2", "--gradient published", "--optimizer atan2"]
-)
+@pytest.mark.parametrize("options", ["--gradient-window 2 --recompute", "--gradient-steps 2", "--optimizer atan2"])
 def test_processes_train_as_one_with_other_gradients(runs, options, way):
     more = [*options.split(), "--steps", "6"]
     assert_same_records(runs("pretrain", 2, way, *more), runs("pretrain", 1, "auto", *more))
+
+
+def test_the_published_gradient_in_shards_is_refused(runs, tmp_path):
+    """A process none of whose rows runs all steps would owe the others its part of the core's gradient."""
+    codes, printed = runs.forks.run(
+        2, runs.flags("pretrain", tmp_path, *"--parallel fsdp --gradient published".split())
+    )
+    assert codes == [1, 1] and "--gradient published has no --parallel fsdp" in printed[0]
 
 
 def test_every_row_belongs_to_one_process_and_order_is_kept():

@@ -80,6 +80,11 @@ class Training:
             self.model.recompute_activations()
         if run.compile:
             compile_blocks(self.model)
+        if self.ranks.size > 1 and run.parallel == "fsdp" and run.gradient == "published":
+            raise ValueError(
+                "--gradient published has no --parallel fsdp: where no row of a process runs all steps, its part of "
+                "the core's gradient never comes; use --parallel ddp or --gradient replay"
+            )
         wrapped = spread(self.model, run.parallel, self.ranks)
         exploration = self._exploration()
         self.head = HeadTraining(self.model, run.halting, self.price, run.decisions) if run.trains_head else None
