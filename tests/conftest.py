@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,38 @@ def small_model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("shape") / "config.json"
     path.write_text(json.dumps(shape), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """A dataset of text with 61 ids, each likely to follow the one before."""
+    from conversation_datasets import TINY
+
+    from hrm_model.training.shards import DatasetWriter
+
+    path, chance = tmp_path_factory.mktemp("tiny") / "data", np.random.default_rng(0)
+    with DatasetWriter(path, 3000) as writer:
+        for split, n in (("train", 8000), ("val", 800)):
+            writer.append(split, (np.arange(n) * 7 + chance.integers(0, 4, n)) % 60, documents=1)
+        writer.commit(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(small_model, tmp_path_factory) -> Path:
+    """small_model with the vocabulary of tiny_dataset."""
+    path = tmp_path_factory.mktemp("tiny-shape") / "config.json"
+    path.write_text(json.dumps(json.loads(small_model.read_text()) | {"vocab_size": 61}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Runs of several processes that need not import torch, see pretrain_helpers.Forks."""
+    from pretrain_helpers import Forks
+
+    with Forks(tmp_path_factory.mktemp("logs")) as started:
+        yield started
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ ABOUT = {
     "source": {"kind": "chat", "paths": ["talk.jsonl"]},
     "fingerprint": "of nothing",
 }
+TINY = ABOUT | {"tokenizer": {"name": "gpt2", "sha256": "", "vocab_size": 61, "eot": 60}}
+"""Of a dataset with ids up to 60, for models of that vocabulary: their logits are a thousandth of GPT-2's."""
 Row = tuple[np.ndarray, np.ndarray]
 
 
@@ -23,10 +25,10 @@ def some_rows(n: int, shortest: int = 4, longest: int = 60, seed: int = 0) -> li
     return [(np.array([i] * (size - 1) + [EOT]), np.arange(size) >= size // 2) for i, size in enumerate(lengths)]
 
 
-def write_chat(path: Path, train: list[Row], val: list[Row] = (), shard_tokens: int = 1000) -> Dataset:
+def write_chat(path: Path, train: list[Row], val: list[Row] = (), shard_tokens: int = 1000, about=ABOUT) -> Dataset:
     with DatasetWriter(path, shard_tokens, chat=True) as writer:
         for split, rows in (("train", train), ("val", val)):
             if rows:
                 ids, masks = (np.concatenate(parts) for parts in zip(*rows, strict=True))
                 writer.append_conversations(split, ids, masks, [len(ids) for ids, _ in rows])
-        return writer.commit(ABOUT)
+        return writer.commit(about)

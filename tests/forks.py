@@ -17,8 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.modules["matplotlib"] = None  # pictures would take half of a short run's time
 
-for name in ("torch.distributed.fsdp", "hrm_model.training.loop", "train.pretrain", "train.converse"):
+# torch._dynamo would be imported by the first optimizer or shard of each process, which takes longest of all
+for name in ("torch._dynamo", "torch.distributed.fsdp", "hrm_model.training.loop", "train.pretrain", "train.converse"):
     importlib.import_module(name)
+importlib.import_module("hrm_model.tokenizer").get_tokenizer().token_bytes()
 
 
 def become(flags: list[str], stage: str, inject: str, log: str, env: dict[str, str]) -> None:

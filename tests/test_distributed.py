@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conversation_datasets import some_rows, write_chat
+from conversation_datasets import TINY, some_rows, write_chat
 from pretrain_helpers import SCRIPT, Forks, checkpoint_of, records
 from safetensors import safe_open
 from small_models import thinker
@@ -21,12 +22,13 @@ from hrm_model.checkpoint import CheckpointError, latest_checkpoint, verify_chec
 from hrm_model.exits import exits
 from hrm_model.halting import Exploration
 from hrm_model.ranks import Ranks
+from hrm_model.training.shards import open_dataset
 
 SEED, STEPS, MAX_STEPS, EXPLORE = 1337, 20, 4, 0.25
-COMMON = f"--recipe tiny --steps {STEPS} --accumulation 2 --lr 0.003 --min-lr 0.0003 --warmup 2 --dropout 0"
-COMMON += f" --device cpu --halting policy --explore {EXPLORE} --step-price 0.02 --target-steps 2.5 --head-lr 0.001"
+COMMON = f"--recipe tiny --steps {STEPS} --accumulation 2 --lr 0.001 --min-lr 0.0001 --warmup 2 --dropout 0"
+COMMON += f" --device cpu --halting policy --explore {EXPLORE} --step-price 0.02 --target-steps 2.5 --head-lr 0.00005"
 COMMON += " --ema 0.9 --log-every 1 --eval-every 10 --eval-windows 5 --save-every 10 --sample-tokens 0 --timeout 0.5"
-STAGES = {"pretrain": COMMON + " --batch-size 3 --depth-warmup 0.2", "converse": COMMON + " --tokens-per-batch 90"}
+STAGES = {"pretrain": COMMON + " --batch-size 3 --depth-warmup 0", "converse": COMMON + " --tokens-per-batch 48"}
 """Three rows of text or so in a micro-batch: of four processes one has none."""
 
 
@@ -37,6 +39,7 @@ class Runs:
         self.directory, self.forks = directory, forks
         self.data, self.model = {"pretrain": text, "converse": talk}, model
         self._made: dict[tuple, Path] = {}
+        self._names = itertools.count()
 
     def flags(self, stage: str, out: Path, *more: str) -> list[str]:
         paths = ["--data", str(self.data[stage]), "--init-from", str(self.model), "--out", str(out)]
@@ -45,7 +48,7 @@ class Runs:
     def __call__(self, stage: str, size: int, parallel: str = "auto", *more: str) -> Path:
         key = stage, size, parallel, *more
         if key not in self._made:
-            out = self.directory / f"run-{len(self._made)}"
+            out = self.directory / f"run-{next(self._names)}"
             codes, printed = self.forks.run(size, self.flags(stage, out, "--parallel", parallel, *more), stage)
             assert codes == [0] * size, printed
             assert all(not text for text in printed[1:]), "one process speaks for all"
@@ -54,25 +57,21 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, forks, small_dataset) -> Runs:
+def runs(tmp_path_factory, forks, tiny_dataset) -> Runs:
     directory, chance = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
-    rows = [(chance.integers(0, 50000, len(ids)), mask) for ids, mask in some_rows(70, shortest=3, longest=31)]
-    write_chat(directory / "talk", rows[:60], rows[60:])
-    return Runs(directory, forks, small_dataset, directory / "talk", save_model(undecided(), directory / "model"))
+    rows = [(chance.integers(0, 60, len(ids)), mask) for ids, mask in some_rows(70, shortest=3, longest=17)]
+    write_chat(directory / "talk", rows[:60], rows[60:], about=TINY)
+    return Runs(
+        directory, forks, tiny_dataset, directory / "talk", save_model(undecided(tiny_dataset), directory / "model")
+    )
 
 
 @torch.no_grad()
-def undecided() -> HRMForCausalLM:
-    """A model whose head stops half of all prefixes after the first step."""
-    shape = dict(vocab_size=50304, block_size=30, halting="policy", hrm_max_steps=MAX_STEPS)
+def undecided(dataset: Path) -> HRMForCausalLM:
+    """A model whose head stops half of the text's prefixes after the first step."""
+    shape = dict(block_size=16, halting="policy", hrm_max_steps=MAX_STEPS)
     model = thinker(dtype=torch.float32, **shape)
-    ids = torch.randint(0, 50257, (8, 30), generator=torch.Generator().manual_seed(0))
+    ids = torch.from_numpy(open_dataset(dataset).split("train").read(0, 16 * 16).reshape(16, 16).astype(np.int64))
     model.hrm_core.q_head.bias[0] -= exits(model, ids, ids).margins()[..., 0].median()
     return model
 
@@ -115,12 +114,12 @@ MORE_WAYS += [("converse", 4, "fsdp")]
 @pytest.mark.parametrize(("stage", "size", "way"), WAYS + [pytest.param(*way, marks=slow) for way in MORE_WAYS])
 def test_processes_together_train_as_one_alone(runs, stage, size, way):
     """Losses of the model and of its head, gradients' norms, depths, prices and validation, for 20 steps. In
-    conversations rows have 2 to 15 targets, so that a mean of processes' means would be another loss."""
+    conversations rows have 1 to 8 targets, so that a mean of processes' means would be another loss."""
     assert_same_records(runs(stage, size, way), runs(stage, 1))
 
 
 def test_the_rows_of_these_runs_halt_at_different_steps_by_decision(runs):
-    exploration = Exploration(SEED, MAX_STEPS, EXPLORE, warmup=4)
+    exploration = Exploration(SEED, MAX_STEPS, EXPLORE, warmup=0)
     varied = 0
     for record in records(runs("pretrain", 1), "train"):
         step = record["step"] - 1
@@ -128,17 +127,23 @@ def test_the_rows_of_these_runs_halt_at_different_steps_by_decision(runs):
         decided = [n - given.count(int(depth)) for depth, n in record["depths"].items()]
         assert sum(decided) == given.count(0)
         varied += sum(n > 0 for n in decided) > 1
-    assert varied >= 5
+    assert varied >= 3
 
 
 @slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize(
-    "options", ["--gradient-window 2 --recompute", "--gradient-steps 2", "--gradient published", "--optimizer atan2"]
-)
+@pytest.mark.parametrize("options", ["--gradient-window 2 --recompute", "--gradient-steps 2", "--optimizer atan2"])
 def test_processes_train_as_one_with_other_gradients(runs, options, way):
     more = [*options.split(), "--steps", "6"]
     assert_same_records(runs("pretrain", 2, way, *more), runs("pretrain", 1, "auto", *more))
+
+
+def test_the_published_gradient_in_shards_is_refused(runs, tmp_path):
+    """A process none of whose rows runs all steps would owe the others its part of the core's gradient."""
+    codes, printed = runs.forks.run(
+        2, runs.flags("pretrain", tmp_path, *"--parallel fsdp --gradient published".split())
+    )
+    assert codes == [1, 1] and "--gradient published has no --parallel fsdp" in printed[0]
 
 
 def test_every_row_belongs_to_one_process_and_order_is_kept():
@@ -153,8 +158,8 @@ def test_every_row_belongs_to_one_process_and_order_is_kept():
 
 def test_validation_weighs_rows_alike_where_one_process_has_only_full_ones(runs):
     """The loss looks at every token, and the first process has the one row that needs no padding."""
-    rows = [(np.arange(i, i + size) % 999, np.arange(size) > 0) for i, size in enumerate((31, 9))]
-    write_chat(runs.directory / "full", rows * 4, rows)
+    rows = [(np.arange(i, i + size) % 60, np.arange(size) > 0) for i, size in enumerate((17, 9))]
+    write_chat(runs.directory / "full", rows * 4, rows, about=TINY)
     more = [*"--train-on-prompt --steps 2 --eval-windows 2 --data".split(), str(runs.directory / "full")]
     assert_same_records(runs("converse", 2, "ddp", *more), runs("converse", 1, "auto", *more))
 
@@ -284,6 +289,7 @@ def test_a_signal_to_one_process_lets_all_save_the_same_step_and_leave(runs, tmp
     assert_same_records(run, runs("pretrain", 2, way, "--steps", "6"))
 
 
+@slow
 def test_torchrun_starts_the_processes_of_a_run(runs, tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     flags = runs.flags("pretrain", tmp_path / "run", "--parallel", "fsdp", "--steps", "2")

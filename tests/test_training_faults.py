@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -17,18 +14,10 @@ from checkpoint_helpers import adamw, linux, net, run_python, train
 from pretrain_helpers import SCRIPT, Forks, assert_same_bits, checkpoint_of, records, short_run, weights
 
 from hrm_model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
-from hrm_model.training import metrics
-from hrm_model.training.metrics import Trackers
 from train.pretrain import main
 
 pytestmark = [linux, pytest.mark.filterwarnings("ignore:no dashboard.png")]
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("logs")) as started:
-        yield started
 
 
 def short(dataset: Path, model: Path, out: Path) -> list[str]:
@@ -38,20 +27,20 @@ def short(dataset: Path, model: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture
-def flags(small_dataset, small_model, tmp_path, monkeypatch) -> list[str]:
+def flags(tiny_dataset, tiny_model, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    return short(small_dataset, small_model, tmp_path / "run")
+    return short(tiny_dataset, tiny_model, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, forks, small_dataset, small_model):
+def whole(tmp_path_factory, forks, tiny_dataset, tiny_model):
     """Uninterrupted runs of one and two processes: size -> its directory."""
     made = {}
 
     def run(size: int) -> Path:
         if size not in made:
             made[size] = tmp_path_factory.mktemp("whole") / "run"
-            codes, printed = forks.run(size, short(small_dataset, small_model, made[size]))
+            codes, printed = forks.run(size, short(tiny_dataset, tiny_model, made[size]))
             assert codes == [0] * size, printed
         return made[size]
 
@@ -101,7 +90,10 @@ from torch import nn
 import hrm_model.sharded as sharded
 from hrm_model.checkpoint import save_checkpoint
 torch.set_num_threads(1)
-torch.optim.AdamW([torch.zeros(1)])
+model = nn.Linear(3, 3)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(1, 3)).sum().backward()
+optimizer.step()
 left = None
 
 def operation(half=lambda: None):
@@ -136,11 +128,6 @@ for line in sys.stdin:
     count, step = map(int, line.split())
     child = os.fork()
     if child == 0:
-        torch.manual_seed(step)
-        model = nn.Linear(3, 3)
-        optimizer = torch.optim.AdamW(model.parameters())
-        model(torch.ones(1, 3)).sum().backward()
-        optimizer.step()
         average = {name: p.detach() + step for name, p in model.named_parameters()}
         left = count
         save_checkpoint(sys.argv[1], step, model, optimizer, {}, keep_last=2, average=average)
@@ -185,11 +172,9 @@ def test_every_byte_wise_damage_of_every_file_is_noticed_and_the_checkpoint_befo
         cuts = [content[:i] for i in range(0, len(content), 331)]
         for damaged in (*flips, *cuts, bytes(len(content)), content + b"\0"):
             path.write_bytes(damaged)
-            if damaged == content + b"\0" and path.name == "manifest.json":
-                continue  # json refuses it, or takes it for what it was
             warned: list[str] = []
             assert latest_checkpoint(tmp_path, warned.append) == first, f"{path.name}"
-            assert len(warned) == 1 and path.name in warned[0]
+            assert len(warned) == 1 and (path.name in warned[0] or path.name == "manifest.json")
             with pytest.raises(CheckpointError):
                 load_checkpoint(second, net(), restore_rng=False)
         path.write_bytes(content)
@@ -240,7 +225,7 @@ def test_a_process_killed_in_a_save_in_parts_leaves_the_checkpoint_before(forks,
 
 def test_a_disk_that_is_full_for_one_process_fails_the_save_of_all(forks, flags, tmp_path):
     """The file size limit stands for a full disk, in the second process alone."""
-    full = at_update(4, "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))", of_rank=1)
+    full = at_update(4, "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))", of_rank=1)
     codes, printed = forks.run(2, [*flags, "--parallel", "fsdp"], inject=full)
     assert codes == [1, 1], printed
     assert "error: process 1: cannot write" in printed[1] and "file too large" in printed[1]
@@ -385,9 +370,9 @@ def test_a_process_that_dies_ends_the_others_and_resuming_gives_the_same_bits(fo
         assert_resumes(forks, flags, whole(2), size=2, step=2)
 
 
-@pytest.mark.parametrize("stalled", [1, 0])
+@pytest.mark.parametrize("stalled", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_stalls_ends_the_others_within_the_timeout(forks, flags, stalled):
-    job = forks.start(2, [*flags, "--timeout", "0.15"], inject=at_update(3, STALL, of_rank=stalled))
+    job = forks.start(2, [*flags, "--timeout", "0.1"], inject=at_update(3, STALL, of_rank=stalled))
     alive = job.pids[1 - stalled]
     begin = time.monotonic()
     (code,) = forks.ask(wait=[alive], timeout=60)
@@ -397,52 +382,60 @@ def test_a_process_that_stalls_ends_the_others_within_the_timeout(forks, flags, 
     assert forks.ask(wait=[job.pids[stalled]], timeout=0) == [-signal.SIGKILL]
 
 
-def test_samples_that_one_process_cannot_read_end_all_after_a_save(forks, flags, tmp_path):
+def test_samples_that_one_process_cannot_read_end_all_after_a_save(forks, flags, tmp_path, whole):
     broken = """
-from hrm_model.training.shards import Split
-read, count = Split.read, [0]
-def failing(self, start, n):
-    count[0] += rank
-    if count[0] == 40:
-        raise OSError(5, "Input/output error")
-    return read(self, start, n)
-Split.read = failing
+import numpy
+def failing(self, key):
+    raise OSError(5, "Input/output error")
 """
-    codes, printed = forks.run(2, [*flags, "--eval-windows", "1", "--save-every", "100"], inject=broken)
+    broken += at_update(3, "numpy.memmap.__getitem__ = failing", of_rank=1)
+    codes, printed = forks.run(2, flags, inject=broken)
     assert codes == [1, 1], printed
-    assert "another process cannot read its samples" in printed[0] and "saved at step" in printed[0]
-    verify_checkpoint(latest_checkpoint(tmp_path / "run"))
+    assert "error: step 4: another process cannot read its samples" in printed[0]
+    assert "error: process 1: step 4: [Errno 5] Input/output error; saved at step 3" in printed[1]
+    assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 3)
+    assert_resumes(forks, flags, whole(2), size=2, step=3)
+
+
+def torchrun(flags: list[str], log: Path, *options: str) -> subprocess.Popen:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        return subprocess.Popen([*run, str(SCRIPT), *flags], env=environment, stdout=output, stderr=output)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    while not checkpoint_of(run, step).exists() and process.poll() is None:
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process_and_it_ends_at_the_same_bits(flags, tmp_path, whole):
     """The first process is killed from outside, once its checkpoint of step 2 is there."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*run, str(SCRIPT), *flags, "--resume", "auto"]
-    output = (tmp_path / "log").open("w+")
-    with subprocess.Popen(command, env=environment, stdout=output, stderr=output) as torchrun:
-        while not checkpoint_of(tmp_path / "run", 2).exists() and torchrun.poll() is None:
-            time.sleep(0.02)
+    with torchrun([*flags, "--resume", "auto"], tmp_path / "log", "--max-restarts", "1") as process:
+        wait_for_step(tmp_path / "run", 2, process)
         os.kill(int((tmp_path / "run" / "run.lock").read_text().split()[0]), signal.SIGKILL)
-        code = torchrun.wait(timeout=200)
-    output.seek(0)
-    printed = output.read()
+        code = process.wait(timeout=200)
+    printed = (tmp_path / "log").read_text()
     assert code == 0, printed
     assert "resumed from" in printed and printed.count("done: val loss") == 1
     assert_same_bits(weights(tmp_path / "run", STEPS), weights(whole(2), STEPS))
 
 
-# -- clocks and trackers -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_signal_to_torchrun_lets_all_its_processes_save_and_leave(flags, tmp_path):
+    with torchrun([*flags, "--steps", "100000"], tmp_path / "log") as process:
+        wait_for_step(tmp_path / "run", 2, process)
+        process.terminate()
+        process.wait(timeout=100)
+    printed = (tmp_path / "log").read_text()
+    assert "stopped, saved at step" in printed, printed
+    step = int(printed.split("stopped, saved at step ")[1].split()[0])
+    assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", step)
+    assert_no_litter(tmp_path / "run")
+
+
+# -- clocks ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_clock_that_jumps_changes_neither_rates_nor_weights(flags, tmp_path, monkeypatch, whole):
@@ -450,83 +443,6 @@ def test_a_clock_that_jumps_changes_neither_rates_nor_weights(flags, tmp_path, m
     monkeypatch.setattr(time, "time", lambda: 1e9 - 3600.0 * next(jumps))
     assert main(flags) == 0
     assert all(0 < r["tokens_per_s"] < 1e9 for r in records(tmp_path / "run", "train"))
-    assert len([p for p in (tmp_path / "run" / "checkpoints").iterdir()]) == 3
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
     monkeypatch.undo()
     assert [r["loss"] for r in records(tmp_path / "run", "train")] == [r["loss"] for r in records(whole(1), "train")]
-
-
-class Blocking:
-    """Stands for the wandb package: a service that does not answer once `log` is called."""
-
-    def __init__(self):
-        self.answers, self.logged = threading.Event(), []
-
-    def module(self) -> types.ModuleType:
-        made = types.ModuleType("wandb")
-        made.init = lambda **options: self
-        return made
-
-    def log(self, numbers: dict, step: int) -> None:
-        self.logged.append(step)
-        self.answers.wait()
-
-    def finish(self) -> None:
-        self.logged.append("finished")
-
-
-@pytest.fixture
-def blocking(monkeypatch):
-    service = Blocking()
-    monkeypatch.setitem(sys.modules, "wandb", service.module())
-    monkeypatch.setattr(metrics, "PATIENCE_S", 0.3)
-    yield service
-    service.answers.set()
-
-
-def test_a_tracker_that_hangs_does_not_stop_training(flags, tmp_path, blocking):
-    with pytest.warns(RuntimeWarning, match="tracker wandb did not finish within 0.3 s; its last records are lost"):
-        assert main([*flags, "--track", "wandb"]) == 0
-    assert len(records(tmp_path / "run", "train")) == STEPS and blocking.logged == [1]
-
-
-def test_a_tracker_that_falls_behind_loses_records_with_one_warning(tmp_path, blocking, recwarn):
-    trackers = Trackers(["wandb"], tmp_path, {})
-    for step in range(metrics.WAITING_RECORDS + 100):
-        trackers.log(step, {"loss": 1.0})
-    said = [str(w.message) for w in recwarn]
-    assert len(said) == 1 and "tracker wandb does not keep up: records from step 25" in said[0]
-    trackers.close()
-    assert "did not finish" in str(recwarn.list[-1].message) and len(recwarn) == 2
-
-
-def test_a_tracker_gets_every_record_in_order_and_is_finished(tmp_path, blocking):
-    blocking.answers.set()
-    trackers = Trackers(["wandb"], tmp_path, {})
-    for step in range(50):
-        trackers.log(step, {"kind": "train", "step": step, "loss": 1.0})
-    trackers.close()
-    assert blocking.logged == [*range(50), "finished"]
-
-
-def test_a_tracker_that_fails_later_is_left_out_with_one_warning(tmp_path, blocking, monkeypatch, recwarn):
-    def failing(numbers, step):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(blocking, "log", failing)
-    trackers = Trackers(["wandb"], tmp_path, {})
-    trackers.log(1, {"loss": 1.0})
-    trackers.close()
-    assert [str(w.message) for w in recwarn] == ["tracker wandb is left out: ConnectionError: no route to host"]
-
-
-def test_the_metrics_of_a_run_survive_a_cut_and_nul_bytes(tmp_path):
-    """What a power cut leaves of a file's last block."""
-    log = metrics.MetricsLog(tmp_path / "metrics.jsonl")
-    for step in (1, 2):
-        log.write({"kind": "train", "step": step})
-    log.close()
-    with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(json.dumps({"kind": "train", "step": 3})[:9].encode() + bytes(100))
-    again = metrics.MetricsLog(tmp_path / "metrics.jsonl", resume_step=2)
-    again.close()
-    assert [r["step"] for r in again.records] == [1, 2] and records(tmp_path, "train") == again.records

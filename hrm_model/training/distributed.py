@@ -32,8 +32,20 @@ def join(timeout_minutes: float) -> Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
             return ALONE
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **_store(timeout_minutes))
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _store(timeout_minutes: float) -> dict:
+    """Where the processes of one machine meet after torchrun restarted them: its store still has the addresses of those
+    that died, so each attempt has names of its own. Between machines attempts are counted differently."""
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
+        return {}
+    rank, size, wait = int(env["RANK"]), int(env["WORLD_SIZE"]), timedelta(minutes=timeout_minutes)
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), size, False, timeout=wait)
+    attempt = f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": size}
 
 
 def leave() -> None:

@@ -81,6 +81,11 @@ class Training:
             self.model.recompute_activations()
         if run.compile:
             compile_blocks(self.model)
+        if self.ranks.size > 1 and run.parallel == "fsdp" and run.gradient == "published":
+            raise ValueError(
+                "--gradient published has no --parallel fsdp: where no row of a process runs all steps, its part of "
+                "the core's gradient never comes; use --parallel ddp or --gradient replay"
+            )
         wrapped = spread(self.model, run.parallel, self.ranks)
         self.exploration = self._exploration()
         self.head = HeadTraining(self.model, run.halting, self.price, run.decisions) if run.trains_head else None
@@ -212,7 +217,9 @@ class Training:
             )
             return EXIT_NOT_FINITE
         except DataError as error:
-            self._fail(f"{error}; saved at step {self.step}")
+            if error.__cause__ or self.ranks.is_first:  # whoever could not read knows what
+                where = "" if self.ranks.is_first else f"process {self.ranks.rank}: "
+                print(f"error: {where}{error}; saved at step {self.step}", file=sys.stderr, flush=True)
             return 1
         finally:
             self._close()
