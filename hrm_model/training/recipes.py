@@ -327,9 +327,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
 _SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
-_TINY = (
-    dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
-)
+_TINY = dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
 _SMALL = (
     dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
 )
@@ -348,7 +346,7 @@ _CALIBRATION = {
     "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
 }
-_IDENTITY_LENGTH = {"tiny": {"steps": 300}, "small": {"epochs": 2.0}, "base": {"epochs": 3.0}}
+_IDENTITY_LENGTH = {"tiny": {"steps": 500}, "small": {"epochs": 2.0}, "base": {"epochs": 3.0}}
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "pretrain": RECIPES,
     "converse": _FINE_TUNING,
