@@ -1,9 +1,12 @@
 PYTHON ?= python
 
-.PHONY: run test lint bench gpu
+.PHONY: run pipeline test lint bench gpu
 
 run:  ## prepare the default text and train the tiny model on it
 	$(PYTHON) train/pretrain.py
+
+pipeline:  ## every stage, from nothing to a model that says who it is; the same command goes on after a kill
+	$(PYTHON) train/pipeline.py --recipe tiny --resume auto
 
 test:  ## everything that takes less than ten minutes on two CPU cores
 	$(PYTHON) -m pytest -n auto --dist worksteal

@@ -179,9 +179,15 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w = x.to(dtype), w.to(dtype)
-    if reduction == "none":
-        return _RowLosses.apply(x, w, targets, ignore_index, z_loss)
     keep = targets != ignore_index
+    # Of a conversation one row in three has a target. Where looking costs no wait, the others' logits are not computed.
+    rows, kept = len(targets), None
+    if x.device.type == "cpu" and not keep.all():
+        kept = keep.nonzero()[:, 0]
+        x, targets, keep = x[kept], targets[kept], keep[kept]
+    if reduction == "none":
+        losses = _RowLosses.apply(x, w, targets, ignore_index, z_loss)
+        return losses if kept is None else losses.new_zeros(rows).index_copy(0, kept, losses)
     row_weight = keep.to(_wide(x.dtype))
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     total = _TotalLoss.apply(x, w, targets, ignore_index, z_loss, row_weight, with_gradient)

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hrm_model import get_tokenizer
+from hrm_model import HRMConfig, get_tokenizer
 from hrm_model.template import INSTRUCTION
-from hrm_model.training.chat_prepare import ensure_default_chat, prepare_chat
-from hrm_model.training.chat_stdlib import documented
+from hrm_model.training.chat_prepare import SMALLEST_BLOCK, ensure_default_chat, prepare_chat
+from hrm_model.training.chat_report import ChatReport
+from hrm_model.training.chat_sources import open_sources
+from hrm_model.training.chat_stdlib import documented, stdlib_conversations
 from hrm_model.training.rows import RowSampler
 from hrm_model.training.shards import ShardError, open_dataset
 from train.prepare import main
@@ -266,7 +268,10 @@ def test_the_same_inputs_and_options_are_up_to_date_and_others_need_overwrite(tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source", "nowhere"], "source nowhere does not exist; give a file, a folder or one of stdlib, alpaca"),
+        (
+            ["--source", "nowhere"],
+            "source nowhere does not exist; give a file, a folder or one of stdlib, stdlib-pairs",
+        ),
         (["--source", "alpaca=nowhere"], "nowhere does not exist"),
         (["--source", str(ROOT / "README.md")], r"README\.md is of no kind .* \.jsonl"),
         (["--source", str(ROOT / "train")], "train has no file that holds conversations"),
@@ -306,7 +311,8 @@ def things():
 
 def test_the_standard_library_gives_some_thousand_conversations(stdlib, capsys):
     counts = stdlib.manifest["counts"]
-    assert 8_000 < counts["conversations"] < 20_000 and not counts["changed"]
+    assert 8_000 < counts["conversations"] < 20_000
+    assert sum(counts["changed"].values()) < 100 and set(counts["dropped"]) <= {"question too long"}
     assert 0.04 < counts["val_share"] < 0.06
     ensure_default_chat(stdlib.path)
     assert capsys.readouterr().out == "", "what is there is opened, not made again"
@@ -352,3 +358,17 @@ def test_signatures_and_summaries_are_those_of_the_library(things):
     assert things["json.dumps"].about == "Serialize obj to a JSON formatted str."
     assert things["os.getpid"].kind == "function" and things["textwrap"].kind == "module"
     assert np.mean([len(thing.about) for thing in things.values()]) < 120
+
+
+def test_the_standard_librarys_parts_are_its_conversations_by_turns(tmp_path):
+    """Together they are the whole, and every recipe's model can read them."""
+    whole = stdlib_conversations()
+    by_turns = {"stdlib-pairs": 0, "stdlib-turns": 0}
+    for _, messages in whole:
+        by_turns["stdlib-pairs" if len(messages) == 2 else "stdlib-turns"] += 1
+    for name, count in by_turns.items():
+        source = open_sources([name])[0]
+        assert len(list(source.items(ChatReport()))) == count > 1000
+    found = ensure_default_chat(tmp_path / "turns", "stdlib-turns")
+    assert found.manifest["options"]["block_size"] == SMALLEST_BLOCK == HRMConfig.preset("tiny").block_size
+    assert found.conversations("train").lengths.max() <= SMALLEST_BLOCK + 1

@@ -286,3 +286,26 @@ def test_every_op_of_the_seam_has_a_reference():
     for op in OPS:
         assert callable(getattr(reference, op)) and callable(getattr(ops, op))
     assert set(ops.describe(torch.device("cpu")).values()) == {"reference"}
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("ignored", [(), (0, 3, 4), range(6)])
+def test_rows_without_a_target_change_nothing_whatever_they_hold(reduction, ignored):
+    """Loss and gradients are those of the other rows alone, even where a row without a target is nan."""
+    torch.manual_seed(0)
+    x, w, targets = torch.randn(6, 8), torch.randn(11, 8), torch.randint(0, 11, (6,))
+    keep = torch.tensor([i not in ignored for i in range(6)])
+    spoiled = x.masked_fill(~keep[:, None], torch.nan).requires_grad_()
+    masked = targets.masked_fill(~keep, -1)
+    w1, w2, alone = w.clone().requires_grad_(), w.clone().requires_grad_(), x[keep].requires_grad_()
+    loss = ops.linear_cross_entropy(spoiled, w1, masked, -1, reduction)
+    logits = alone @ w2.T
+    expected = torch.nn.functional.cross_entropy(logits, targets[keep], reduction=reduction if keep.any() else "sum")
+    if reduction == "none":
+        assert loss.shape == (6,) and not loss[~keep].any()
+    torch.testing.assert_close(loss.sum(), expected.sum())
+    loss.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(w1.grad, w2.grad)
+    torch.testing.assert_close(spoiled.grad[keep], alone.grad)
+    assert not spoiled.grad[~keep].any()

@@ -60,12 +60,12 @@ def identity_pairs(persona: Persona, n: int, seed: int, proportions: Mapping[str
     pairs: list[Pair] = []
     for number, (category, count) in enumerate(shares(proportions, n).items()):
         topics, seen = CATEGORIES[category], set()
-        names = list(topics)
-        most = (
+        names = [name for name, topic in topics.items() for _ in range(topic.weight)]
+        most = int(
             len(names)
             * _VARIANTS
             * min(
-                len(_phrasings(t.questions)) * min(len(_phrasings(a)) for a in (t.answers, t.unknown) if a)
+                len(_phrasings(t.questions)) * min(len(_phrasings(a)) for a in (t.answers, t.unknown) if a) / t.weight
                 for t in topics.values()
             )
         )

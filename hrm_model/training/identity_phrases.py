@@ -25,6 +25,8 @@ class Topic(NamedTuple):
     """Whether a conversation may begin with it and go on."""
     closes: bool = False
     """Whether a conversation may only end with it."""
+    weight: int = 1
+    """Of its category's pairs it has this many shares."""
 
 
 _HELLO = ("Hello", "Hi", "Good morning", "Good afternoon", "Good evening", "Welcome", "Good day")
@@ -48,6 +50,7 @@ GREETINGS = {
         ),
         says=_HELLO,
         opens=True,
+        weight=2,
     ),
     "time of day": Topic(
         questions=(
@@ -98,6 +101,7 @@ IDENTITY = {
             "My name is {name}. I'm {kind}.",
         ),
         says=("{name}",),
+        weight=3,
     ),
     "name": Topic(
         questions=(
@@ -114,6 +118,7 @@ IDENTITY = {
             "My name is {name}. I'm {kind}.",
         ),
         says=("{name}",),
+        weight=2,
     ),
     "human": Topic(
         questions=(
@@ -220,6 +225,7 @@ HELP = {
             "For example, I can {ability}.",
         ),
         says=("i can",),
+        weight=2,
     ),
     "help": Topic(
         questions=(
@@ -286,6 +292,7 @@ SMALL_TALK = {
         ),
         says=("welcome", "pleasure"),
         closes=True,
+        weight=2,
     ),
     "goodbye": Topic(
         questions=(

@@ -73,10 +73,13 @@ def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
     """Scale all gradients but the halting head's, which has a loss and a norm of its own, so that their joint norm is
     at most `largest` (0: leave them); returns the norm before."""
     parameters = [p for name, p in model.named_parameters() if "q_head" not in name and p.grad is not None]
-    # torch's float32 norm on the CPU is off by 2e-4 for 400,000 values, and shards of them by less
-    wide = torch.float64 if parameters and parameters[0].device.type == "cpu" else None
-    norms = [torch.linalg.vector_norm(p.grad, dtype=wide) for p in parameters]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    if parameters and parameters[0].device.type == "cpu":
+        # torch's float32 norm on the CPU is off by 2e-4 for 400,000 values, and shards of them by less
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters])
+        )
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
     if largest > 0:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
