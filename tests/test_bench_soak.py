@@ -23,11 +23,6 @@ def test_growth_is_more_memory_than_the_allocator_takes_or_one_more_file(late, g
     assert judge(life(late))["grew"] == grew
 
 
-def test_setting_up_does_not_count():
-    seen = [{"mb": 100.0, "files": 3, "threads": 1}] * 20 + [{"mb": 500.0, "files": 7, "threads": 2}] * 80
-    assert not judge({"seen": seen, "last": 50, "status": 75})["grew"]
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
 def test_a_look_sees_files_and_threads_and_nothing_of_who_has_gone(tmp_path):
     before = look(os.getpid())
