@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +58,13 @@ class PartialDataset(DatasetWriter):
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file, _ in self._open.values():
-            with suppress(OSError):  # a full disk has been reported already
-                file.close()
-        self._open.clear()
+        self._close()
         if self._lock is not None:
             self._lock.close()
 
     def save(self, state: dict[str, Any]) -> None:
         """Make all that was appended count, and with it `state`, a JSON object. Raises OSError."""
-        for file, _ in self._open.values():
+        for file, _ in self._opened():
             file.flush()
             os.fsync(file.fileno())
         content = {"writer": {"splits": self._splits, "largest": self._largest}, "state": state}
@@ -99,7 +95,7 @@ class PartialDataset(DatasetWriter):
         if "sha256" in shard:  # it is full
             return
         file, digest = open(self._temporary / shard["file"], "r+b"), hashlib.sha256()  # noqa: SIM115
-        self._open[split] = file, digest
+        self._open[split] = [(file, digest)]
         file.truncate(shard["tokens"] * TOKEN.itemsize)
         while block := file.read(_BLOCK):
             digest.update(block)

@@ -276,10 +276,18 @@ class DatasetWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file, _ in chain.from_iterable(self._open.values()):
+        self._close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _close(self) -> None:
+        for file, _ in self._opened():
             with suppress(OSError):  # a full disk has been reported already
                 file.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._open.clear()
+
+    def _opened(self) -> list[tuple[Any, Any]]:
+        """(file, digest) of everything that is being written."""
+        return list(chain.from_iterable(self._open.values()))
 
     def append(self, split: str, ids: np.ndarray, documents: int = 0) -> None:
         """Add ids, an integer array [n], to a split; `documents` of them end here.
