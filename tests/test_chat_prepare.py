@@ -131,7 +131,7 @@ def test_parquet_is_read_or_says_what_it_needs(tmp_path):
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        with pytest.raises(ValueError, match=r'rows\.parquet needs pip install "hrm-kernels\[datasets\]"'):
+        with pytest.raises(ValueError, match=r'rows\.parquet needs pip install "hrm-kernels\[data\]"'):
             prepare_chat(tmp_path / "d", [str(file)])
         return
     with pytest.raises(ValueError, match=r"rows\.parquet is no Parquet file"):
@@ -161,7 +161,7 @@ def test_the_hub_is_read_at_a_revision_that_the_manifest_records(tmp_path, monke
 def test_without_the_hub_the_error_says_what_to_install_or_give(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     assert main(["--format", "chat", "--source", "dolly", "--out", str(tmp_path / "d")]) == 1
-    assert re.search(r'needs pip install "hrm-kernels\[datasets\]"; or .* --source dolly=PATH', capsys.readouterr().err)
+    assert re.search(r'needs pip install "hrm-kernels\[data\]"; or .* --source dolly=PATH', capsys.readouterr().err)
 
     def dataset_info(repository):
         raise OSError("no route to host")
