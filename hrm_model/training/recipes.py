@@ -347,7 +347,11 @@ _CALIBRATION = {
     "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
 }
-_IDENTITY_LENGTH = {"tiny": {"steps": 800, "eval_every": 100, "save_every": 100}, "small": {"epochs": 2.0}, "base": {"epochs": 3.0}}
+_IDENTITY_LENGTH = {
+    "tiny": {"steps": 800, "eval_every": 100, "save_every": 100},
+    "small": {"epochs": 2.0},
+    "base": {"epochs": 3.0},
+}
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "pretrain": RECIPES,
     "converse": _FINE_TUNING,
