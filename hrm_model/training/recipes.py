@@ -327,7 +327,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
 _SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
-_TINY = dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
+_TINY = _SHORT | dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0)
+_TINY |= dict(depth_warmup=0.0, eval_windows=32)
 _SMALL = (
     dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
 )
@@ -343,12 +344,12 @@ _FINE_TUNING = {
 # The published calibration: 5e-7 to 1e-7, 50 steps of warm-up, ended by a rise of 0.15 nats.
 _CALIBRATION = {
     # Of so small a model the identity stage leaves little of the conversations; they come back at a larger rate.
-    "tiny": dict(steps=200, lr=1e-3, min_lr=1e-4, max_rise=0.15) | _TINY,
+    "tiny": dict(steps=400, lr=2e-3, min_lr=1e-4, max_rise=0.15) | _TINY | dict(eval_every=100, save_every=100),
     "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
 }
 _IDENTITY_LENGTH = {
-    "tiny": {"steps": 800, "eval_every": 100, "save_every": 100},
+    "tiny": {"steps": 600, "eval_every": 100, "save_every": 100},
     "small": {"epochs": 2.0},
     "base": {"epochs": 3.0},
 }
