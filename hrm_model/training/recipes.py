@@ -327,7 +327,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
 _SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
-_TINY = dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0, depth_warmup=0.0) | _SHORT
+_TINY = _SHORT | dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0)
+_TINY |= dict(depth_warmup=0.0, eval_windows=32)
 _SMALL = (
     dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
 )
@@ -335,19 +336,23 @@ _SMALL = (
 _BASE = dict(tokens_per_batch=32 * 512, accumulation=1, lr=6e-6, min_lr=6e-7, warmup=500, weight_decay=0.01)
 _BASE |= dict(dropout=0.1, depth_warmup=0.0, epochs=3.0, eval_windows=256, eval_every=250, save_every=250)
 _FINE_TUNING = {
-    # As in pretraining, many small steps: two minutes or so on two CPU cores.
-    "tiny": dict(steps=200, lr=1e-3, min_lr=1e-4) | _TINY,
+    # As in pretraining, many small steps, at a higher rate: whether an answer is about its question comes late.
+    "tiny": dict(steps=150, lr=3e-3, min_lr=1e-4) | _TINY,
     "small": dict(epochs=2.0, lr=1e-4, min_lr=1e-5) | _SMALL,
     "base": _BASE,
 }
 # The published calibration: 5e-7 to 1e-7, 50 steps of warm-up, ended by a rise of 0.15 nats.
 _CALIBRATION = {
     # Of so small a model the identity stage leaves little of the conversations; they come back at a larger rate.
-    "tiny": dict(steps=200, lr=5e-4, min_lr=5e-5, max_rise=0.15) | _TINY,
+    "tiny": dict(steps=400, lr=2e-3, min_lr=1e-4, max_rise=0.15) | _TINY | dict(eval_every=100, save_every=100),
     "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
 }
-_IDENTITY_LENGTH = {"tiny": {"steps": 500}, "small": {"epochs": 2.0}, "base": {"epochs": 3.0}}
+_IDENTITY_LENGTH = {
+    "tiny": {"steps": 600, "eval_every": 100, "save_every": 100},
+    "small": {"epochs": 2.0},
+    "base": {"epochs": 3.0},
+}
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "pretrain": RECIPES,
     "converse": _FINE_TUNING,
