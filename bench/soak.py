@@ -36,6 +36,8 @@ STOPPED = 75
 GROWTH = 0.05
 """Share of its memory by which a life may be larger in its last quarter than in its first: the allocator's."""
 PAUSE_S = 2.0
+EVALUATIONS = 4
+"""That a life sees at least, however slow the machine is."""
 
 
 def look(pid: int) -> dict[str, float] | None:
@@ -56,9 +58,11 @@ def live(out: Path, data: list[str], seconds: float) -> dict[str, Any]:
     log = open(out.parent / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
     begin, seen, before = time.monotonic(), [], len(steps_of(out, "eval"))
     with log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
-        while time.monotonic() - begin < seconds and process.poll() is None:
+        evaluations = 0
+        while process.poll() is None and (time.monotonic() - begin < seconds or evaluations < EVALUATIONS):
             time.sleep(PAUSE_S)
-            if len(steps_of(out, "eval")) > before and (found := look(process.pid)):
+            evaluations = len(steps_of(out, "eval")) - before
+            if evaluations and (found := look(process.pid)):
                 seen.append(found)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
