@@ -22,14 +22,23 @@ def parse(stage: str, description: str, argv: list[str] | None) -> argparse.Name
 
 def run_stage(stage: str, description: str, argv: list[str] | None) -> int:
     """Run a stage; returns its exit status."""
+    if not usable():
+        return 1
     return run_command(vars(parse(stage, description, argv)), stage)
+
+
+def usable() -> bool:
+    """Whether HRM_KERNELS is a choice that exists; if not, an error is printed."""
+    try:
+        import hrm_kernels  # noqa: F401
+    except ValueError as error:  # as wrong as a flag
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def run_command(given: dict[str, Any], stage: str, make_data: Callable[[], list[str]] | None = None) -> int:
     """Run a stage with these flags; returns its exit status. See hrm_model/training/command.py."""
-    try:
-        from hrm_model.training import command
-    except ValueError as error:  # of HRM_KERNELS: as wrong as a flag
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    from hrm_model.training import command
+
     return command.run(given, stage, make_data)

@@ -20,13 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from hrm_model.training.identity import PAIRS, dataset_path, make_identity
-from hrm_model.training.identity_pairs import parse_proportions
-from train.common import run_command, stage_parser
+from train.common import run_command, stage_parser, usable
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    if not usable():
+        return 1
+    from hrm_model.training.identity import PAIRS, dataset_path, make_identity
+    from hrm_model.training.identity_pairs import parse_proportions
+
     parser = stage_parser("identity", __doc__)
     add = parser.add_argument_group("the identity set").add_argument
     add("--persona", metavar="FILE", help="who the model is, .json or .yaml; default: this project's")
