@@ -338,9 +338,9 @@ def test_row_steps_count_what_was_computed(steps, n):
     model, ids = thinking()
     ran, step = [0, 0], model.hrm_core.step
 
-    def counted(x, *rest):
+    def counted(x, *rest, **options):
         ran[torch.is_grad_enabled()] += len(x)
-        return step(x, *rest)
+        return step(x, *rest, **options)
 
     model.hrm_core.step = counted
     out = model(ids, ids, force_steps=steps, gradient_steps=n)
