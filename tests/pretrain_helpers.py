@@ -62,6 +62,20 @@ def start(*arguments: str, **options) -> subprocess.Popen:
     )
 
 
+def signal_during(training, step: int, number: int):
+    """The same training, whose process gets signal `number` while it takes step `step`, when its rows have been read."""
+    depths, sent = training.train_step.depths, []
+
+    def signalled(batch, index):
+        if index == step - 1 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return depths(batch, index)
+
+    training.train_step.depths = signalled
+    return training
+
+
 def decided(shape: Path, q: tuple[float, float], path: Path, **changes) -> Path:
     """A model whose head says q whatever it sees."""
     model = HRMForCausalLM(HRMConfig.from_dict(json.loads(shape.read_text()) | changes))

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 from parity import COMPILING
-from pretrain_helpers import assert_same_bits, checkpoint_of, decided, records, short_run, start, start_from, weights
+from pretrain_helpers import (
+    assert_same_bits,
+    checkpoint_of,
+    decided,
+    records,
+    short_run,
+    signal_during,
+    start,
+    start_from,
+    weights,
+)
 
 from hrm_model import load_model
 from train.pretrain import build, main, parse
@@ -27,17 +37,7 @@ def flags(small_dataset, small_model, tmp_path) -> list[str]:
 
 def run_stopped_during(step: int, number: int, flags: list[str]) -> int:
     """Exit status of a run, in this process, that gets signal `number` while it takes step `step`."""
-    training = build(vars(parse(flags)))
-    train_step = training.train_step
-
-    def stopped(index, stop):
-        result = train_step(index, stop)
-        if index == step - 1:
-            os.kill(os.getpid(), number)
-        return result
-
-    training.train_step = stopped
-    return training()
+    return signal_during(build(vars(parse(flags))), step, number)()
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------

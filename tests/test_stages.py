@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conversation_datasets import EOT, write_chat
-from pretrain_helpers import assert_same_bits, checkpoint_of, records, weights
+from pretrain_helpers import assert_same_bits, checkpoint_of, records, signal_during, weights
 from torch.nn.functional import cross_entropy
 
 from hrm_model import HRMConfig, HRMForCausalLM, get_tokenizer, load_model, save_model, template
@@ -64,17 +64,7 @@ def flags(stage: str, talks, start: Path, out: Path, *more: str) -> dict:
 
 def stopped_at(step: int, given: dict, stage: str) -> int:
     """Exit status of a run, in this process, that gets SIGTERM while it takes step `step`."""
-    training = build(given, stage)
-    train_step = training.train_step
-
-    def stopped(index, stop):
-        result = train_step(index, stop)
-        if index == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    training.train_step = stopped
-    return training()
+    return signal_during(build(given, stage), step, signal.SIGTERM)()
 
 
 def answer_loss(model: HRMForCausalLM, dataset: Path, count: int, everything: bool = False) -> float:
