@@ -232,15 +232,15 @@ def _typed(text: str, name: str, greeting: bool, draw: _Draws) -> str:
     """A phrasing as somebody may type it: casing, punctuation, openers, typos."""
     asks = bool(_QUESTION.match(text)) or "how are you" in text.lower()
     end = ("?" if asks else "!" if greeting else ".", "", "??" if asks else "!!", "...")
-    if not greeting and draw.below(8) == 0:
+    if not greeting and draw.below(16) == 0:
         text = draw.of(_OPENERS) + (text if text.startswith(("I ", "I'", name)) else text[0].lower() + text[1:])
-    if draw.below(8) == 0:
+    if draw.below(20) == 0:
         text = _with_typo(text, name, draw)
     if "'" in text and draw.below(4) == 0:
         text = text.replace("'", "")
     text += end[(0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3)[draw.below(12)]]
-    casing = draw.below(12)
-    return text.lower() if casing < 3 else text.upper() if casing == 3 else text
+    casing = draw.below(40)
+    return text.lower() if casing < 8 else text.upper() if casing == 8 else text
 
 
 def _with_typo(text: str, name: str, draw: _Draws) -> str:

@@ -344,12 +344,12 @@ _FINE_TUNING = {
 # The published calibration: 5e-7 to 1e-7, 50 steps of warm-up, ended by a rise of 0.15 nats.
 _CALIBRATION = {
     # Of so small a model the identity stage leaves little of the conversations; they come back at a larger rate.
-    "tiny": dict(steps=400, lr=2e-3, min_lr=1e-4, max_rise=0.15) | _TINY | dict(eval_every=100, save_every=100),
+    "tiny": dict(steps=400, lr=1e-3, min_lr=1e-4, max_rise=0.15) | _TINY | dict(eval_every=100, save_every=100),
     "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
 }
 _IDENTITY_LENGTH = {
-    "tiny": {"steps": 600, "eval_every": 100, "save_every": 100},
+    "tiny": {"steps": 1000, "eval_every": 250, "save_every": 250},
     "small": {"epochs": 2.0},
     "base": {"epochs": 3.0},
 }
