@@ -63,7 +63,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 
 
 def signal_during(training, step: int, number: int):
-    """The same training, whose process gets signal `number` while it takes step `step`, when its rows have been read."""
+    """The same training, whose process gets signal `number` in step `step`, when its rows have been read."""
     depths, sent = training.train_step.depths, []
 
     def signalled(batch, index):
