@@ -2,7 +2,8 @@
 
 prepare -> pretrain -> converse -> instruct -> identity -> calibrate -> three questions to the result. Offline, from
 nothing; recipe tiny takes some twenty minutes of CPU time. With --resume auto stages that have finished are skipped and
-one that was killed goes on. The pipeline ends at the first stage that fails, with its exit status. The last line is JSON.
+one that was killed goes on. The pipeline ends at the first stage that fails, with its exit status. The last line is
+JSON.
 """
 
 from __future__ import annotations
