@@ -1,9 +1,9 @@
 """All stages, from text to a model that says who it is: python train/pipeline.py [--recipe tiny] [--resume auto].
 
 prepare -> pretrain -> converse -> instruct -> identity -> calibrate -> three questions to the result. Offline, from
-nothing; recipe tiny takes less than a quarter of an hour on two CPU cores. With --resume auto stages that have finished
-are skipped and one that was killed goes on. The pipeline ends at the first stage that fails, with its exit status. The
-last line is JSON.
+nothing; recipe tiny takes some twenty minutes of CPU time. With --resume auto stages that have finished are skipped and
+one that was killed goes on. The pipeline ends at the first stage that fails, with its exit status. The last line is
+JSON.
 """
 
 from __future__ import annotations
