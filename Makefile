@@ -8,7 +8,7 @@ run:  ## prepare the default text and train the tiny model on it
 pipeline:  ## every stage, from nothing to a model that says who it is; the same command goes on after a kill
 	$(PYTHON) train/pipeline.py --recipe tiny --resume auto
 
-test:  ## everything that takes less than ten minutes on two CPU cores
+test:  ## everything that is not slow: a quarter of an hour on two CPU cores
 	$(PYTHON) -m pytest -n auto --dist worksteal
 
 lint:
