@@ -30,6 +30,7 @@ from .shards import (
     DatasetWriter,
     ShardError,
     check_output,
+    is_up_to_date,
     open_dataset,
 )
 from .sources import FileSource, Report, StdlibSource
@@ -100,16 +101,9 @@ def prepare(
     }
     inputs = [FORMAT_VERSION, tokenizer.sha256, source.fingerprint, options]
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    if (out / MANIFEST).exists() and not overwrite:
-        manifest = open_dataset(out).manifest
-        if manifest["fingerprint"] != fingerprint:
-            raise ShardError(
-                f"{out} was made from other inputs or with other options than these; "
-                "pass --overwrite to replace it, or choose another --out"
-            )
-        print(f"{out} is up to date: the same inputs and options", flush=True)
+    if not overwrite and (counts := is_up_to_date(out, fingerprint)) is not None:
         seconds = round(time.perf_counter() - started, 2)
-        return {"out": str(out), "up_to_date": True, **manifest["counts"], "seconds": seconds}
+        return {"out": str(out), "up_to_date": True, **counts, "seconds": seconds}
     check_output(out, overwrite)
 
     print(f"preparing {out} from {_describe(source)}", flush=True)

@@ -218,6 +218,23 @@ def _check_file(
         raise ShardError(f"{what} was altered: expected sha256 {sha256}, found {digest}; {remedy}")
 
 
+def is_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The counts of the dataset at `out`, if there is one, of inputs and options with this fingerprint; says so.
+
+    Raises ShardError when there is one of others, or a damaged one.
+    """
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = open_dataset(out).manifest
+    if manifest["fingerprint"] != fingerprint:
+        raise ShardError(
+            f"{out} was made from other inputs or with other options than these; "
+            "pass --overwrite to replace it, or choose another --out"
+        )
+    print(f"{out} is up to date: the same inputs and options", flush=True)
+    return manifest["counts"]
+
+
 def check_output(out: str | Path, overwrite: bool) -> None:
     """Raises ShardError when a dataset cannot be written to `out` because of what is there.
 
