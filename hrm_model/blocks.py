@@ -145,3 +145,18 @@ class ReasoningBlock(_BlockParts):
     def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
         x = self.ln_1.of_sum(x, self.attn(x, rotary, lengths, past))
         return self.ln_2.of_sum(x, self.mlp(x))
+
+
+class GrownBlock(ReasoningBlock):
+    """A layer that came to a trained level: x + a (block(x) - x), a = 0 at first.
+
+    Post-norm blocks are no identity when their branches are zero (the norms remain), so the gate is around the whole
+    block; at a = 0 the level's function is the old one to the last bit.
+    """
+
+    def __init__(self, config: HRMConfig):
+        super().__init__(config)
+        self.gate_a = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
+        return x + self.gate_a * (super().forward(x, rotary, lengths, past) - x)

@@ -74,6 +74,8 @@ __all__ = [
 
 CONFIG, WEIGHTS, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimizer.safetensors", "state.json"
 AVERAGE = "ema.safetensors"
+ROLES = ("latest", "best", "main")
+"""Checkpoints by name in a directory of hrm_model/continual, in the order in which they are tried."""
 _STEP_NAME = re.compile(r"step-\d{8,}")
 # What retention has hashed in this process: path -> its files' size, time and inode. Files are hashed
 # again once these change; every load hashes regardless.
@@ -330,6 +332,28 @@ def best_checkpoint(run_dir: str | Path) -> Path | None:
     return None
 
 
+def role_checkpoint(path: Path) -> Path:
+    """The first intact one of latest, best and main in `path`; broken ones before it are skipped with a warning.
+
+    Raises:
+        CheckpointError: none is intact.
+    """
+    remove_leftovers(path)
+    broken: list[str] = []
+    for role in ROLES:
+        if not (path / role).is_dir():
+            continue
+        try:
+            verify_checkpoint(path / role)
+        except CheckpointError as error:
+            broken.append(f"{role}: {error}")
+            continue
+        for line in broken:
+            warnings.warn(f"skipped broken checkpoint {line}", stacklevel=3)
+        return path / role
+    raise CheckpointError(f"{path} has no intact checkpoint" + "".join(f"\n  {line}" for line in broken))
+
+
 def _resolve(path: Path) -> Path:
     """The .safetensors or .pt file that `path` stands for, which may be there in parts."""
     in_parts = path.suffix == ".safetensors" and path.parent.is_dir()
@@ -353,6 +377,8 @@ def _resolve(path: Path) -> Path:
         for line in broken:
             warnings.warn(line, stacklevel=3)
         return found / WEIGHTS
+    if any((path / role).is_dir() for role in ROLES):
+        return role_checkpoint(path) / WEIGHTS
     others = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"{path} is no model: it has neither {CONFIG} with {WEIGHTS} nor checkpoints/, but {others}; "

@@ -10,6 +10,10 @@ from typing import Any
 
 HALTING_OBJECTIVES = ("published", "none", "policy", "gain", "expected", "q")
 FORWARD_DTYPES = ("float32", "bfloat16", "float16")
+LOSSES = ("softmax", "stablemax")
+INITS = ("normal", "truncated")
+VOCAB_BLOCK = 64
+"""Rows by which a character model's vocabulary grows."""
 END_OF_TEXT = 50256
 
 # What Hugging Face and the published repository put into config.json beside the model's own keys: accepted, not used.
@@ -38,6 +42,8 @@ _MINIMUM = {
     "hrm_H_cycles": 1,
     "hrm_L_cycles": 1,
     "hrm_max_steps": 1,
+    "hrm_H_grown": 0,
+    "hrm_L_grown": 0,
 }
 _BOOLEANS = ("bias", "use_rotary", "use_gqa", "use_swiglu", "tie_embeddings")
 _NUMBERS = ("hrm_exploration_prob", "dropout", "eps", "halt_bias", "embed_scale")
@@ -102,7 +108,15 @@ class HRMConfig:
     embed_scale: float = 1.0
     """Factor on the token embedding."""
     loss: str = "softmax"
-    """Cross-entropy's link function."""
+    """Cross-entropy's link function: softmax, or stablemax, a character model's (output_head.py)."""
+    init: str = "normal"
+    """Initial weights: normal, as published, or truncated, those of the HRM paper."""
+    n_chars: int | None = None
+    """Of a character-level model, the ids in use; rows of the vocabulary from there on are spare. null: words' pieces."""
+    hrm_H_grown: int = 0
+    """Of the H level's layers, how many at its end were added later, each behind a gate."""
+    hrm_L_grown: int = 0
+    """The same of the L level."""
 
     def __post_init__(self):
         faults = list(self._faults())
@@ -166,10 +180,29 @@ class HRMConfig:
         for name, allowed in (
             ("forward_dtype", FORWARD_DTYPES),
             ("halting", HALTING_OBJECTIVES),
-            ("loss", ("softmax",)),
+            ("loss", LOSSES),
+            ("init", INITS),
         ):
             if getattr(self, name) not in allowed:
                 yield f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}"
+        yield from self._character_faults(sound)
+
+    def _character_faults(self, sound):
+        n = self.n_chars
+        if n is None:
+            if self.loss == "stablemax":
+                yield "loss 'stablemax' is a character model's; set n_chars, or use loss 'softmax'"
+        elif not is_int(n) or n < 1 or ("vocab_size" in sound and n > self.vocab_size):
+            yield f"n_chars {n!r} is neither null nor an integer of 1 to vocab_size {self.vocab_size}"
+        elif self.tie_embeddings is True or self.vocab_size % VOCAB_BLOCK:
+            yield (
+                f"n_chars {n} needs tie_embeddings false and a vocab_size that is a multiple of {VOCAB_BLOCK}, "
+                f"got {self.vocab_size}"
+            )
+        for level in ("H", "L"):
+            grown, layers = f"hrm_{level}_grown", f"hrm_{level}_layers"
+            if {grown, layers} <= sound and getattr(self, grown) > getattr(self, layers):
+                yield f"{grown} {getattr(self, grown)} is over {layers} {getattr(self, layers)}, which counts them too"
 
     def _head_faults(self, sound):
         if self.n_embd % self.n_head:
@@ -218,7 +251,7 @@ class HRMConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> HRMConfig:
-        """The configuration called `name` (tiny, small, base), with fields replaced by `changes`.
+        """The configuration called `name` (of PRESETS), with fields replaced by `changes`.
 
         Raises:
             ValueError: no preset of that name.
@@ -258,4 +291,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     | dict(hrm_H_layers=2, hrm_L_layers=2, hrm_max_steps=8),
     # The published 82.77 M parameters.
     "base": _OURS | {},
+}
+# Characters: no blocks outside the core, an output head of its own, sqrt(n_embd) on the embedding, N x T = 2 x 2.
+_CHARACTERS = _OURS | dict(vocab_size=VOCAB_BLOCK, n_chars=1, tie_embeddings=False, init="truncated", use_gqa=False)
+_CHARACTERS |= dict(n_input_layers=0, n_output_layers=0, hrm_H_cycles=2, hrm_L_cycles=2, hrm_max_steps=8)
+PRESETS |= {
+    "characters": _CHARACTERS
+    | dict(n_embd=256, n_head=8, mlp_hidden=640, hrm_H_layers=3, hrm_L_layers=3, block_size=80, embed_scale=16.0),
+    "characters-tiny": _CHARACTERS
+    | dict(n_embd=128, n_head=4, mlp_hidden=320, hrm_H_layers=1, hrm_L_layers=1, block_size=80, embed_scale=128**0.5),
 }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import Attention, GeluMLP, Linear, ReasoningBlock, RMSNorm, SwiGLU
+from .blocks import Attention, GeluMLP, GrownBlock, Linear, ReasoningBlock, RMSNorm, SwiGLU
 from .config import HRMConfig
 from .host_loop import Batch, host_loop, published_gradient
 
@@ -47,9 +47,10 @@ class CoreOutput:
 class Level(nn.Module):
     """One recurrent level: the injection is added once, then the layers run."""
 
-    def __init__(self, config: HRMConfig, n_layers: int):
+    def __init__(self, config: HRMConfig, n_layers: int, n_grown: int):
         super().__init__()
-        self.layers = nn.ModuleList(ReasoningBlock(config) for _ in range(n_layers))
+        kinds = [ReasoningBlock] * (n_layers - n_grown) + [GrownBlock] * n_grown
+        self.layers = nn.ModuleList(kind(config) for kind in kinds)
 
     def forward(
         self, z: Tensor, injection: Tensor, rotary: Tensor | None, lengths: Tensor | None, pasts: Pasts | None = None
@@ -66,8 +67,8 @@ class HRMCore(nn.Module):
     def __init__(self, config: HRMConfig):
         super().__init__()
         self.config = config
-        self.H_level = Level(config, config.hrm_H_layers)
-        self.L_level = Level(config, config.hrm_L_layers)
+        self.H_level = Level(config, config.hrm_H_layers, config.hrm_H_grown)
+        self.L_level = Level(config, config.hrm_L_layers, config.hrm_L_grown)
         self.H_init = nn.Parameter(torch.empty(config.n_embd))
         self.L_init = nn.Parameter(torch.empty(config.n_embd))
         self.q_head = nn.Linear(config.n_embd, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,8 @@ import hrm_kernels as ops
 from .blocks import Block, Linear, ReasoningBlock, RMSNorm
 from .config import HRMConfig, is_int
 from .core import GRADIENTS, HRMCore, Pasts
+from .initial import truncated_init
+from .output_head import CharacterHead
 
 if TYPE_CHECKING:
     from .generate import Generated, Generation
@@ -60,7 +62,10 @@ class HRMForCausalLM(nn.Module):
         self.hrm_core = HRMCore(config)
         self.output_blocks = nn.ModuleList(Block(config) for _ in range(config.n_output_layers))
         self.ln_f = RMSNorm(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.n_chars is None:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        else:
+            self.lm_head = CharacterHead(config)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         self.reset_parameters()
@@ -68,12 +73,15 @@ class HRMForCausalLM(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """N(0, 0.02) for weights and H_init, L_init; projections that end a branch N(0, 0.02 / sqrt(2 layers));
-        biases 0; norms 1."""
+        biases 0; norms 1; gates of grown layers 0. config.init "truncated": see initial.py."""
         c = self.config
+        if c.init == "truncated":
+            truncated_init(self)
+            return
         layers = c.n_input_layers + c.n_output_layers + c.hrm_H_layers + c.hrm_L_layers
         branch_std = 0.02 / math.sqrt(2 * max(layers, 1))
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "gate_a")):
                 p.zero_()
             elif p.dim() == 1 and "_init" not in name:
                 p.fill_(1.0)
@@ -217,7 +225,21 @@ class HRMForCausalLM(nn.Module):
         h_MC, targets = h_BTC.reshape(-1, h_BTC.shape[-1]), targets.reshape(-1)
         if rows is not None:
             h_MC, targets = h_MC.index_select(0, rows), targets.index_select(0, rows)
+        if self.config.n_chars is not None:
+            return self.lm_head.loss(h_MC, targets, IGNORE, reduction, z_loss)
         return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets, IGNORE, reduction, z_loss)
+
+    def with_cycles(self, H_cycles: int, L_cycles: int) -> HRMForCausalLM:
+        """The same weights (shared, nothing is copied) run with N = H_cycles x T = L_cycles a step: chosen per call.
+
+        Raises:
+            ValueError: one is below 1.
+        """
+        config = replace(self.config, hrm_H_cycles=H_cycles, hrm_L_cycles=L_cycles)
+        with torch.device("meta"):
+            other = HRMForCausalLM(config)
+        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        return other.train(self.training)
 
     def generate(self, ids_BT: Tensor, max_new_tokens: int, *args, **options) -> Tensor | Generated | Generation:
         """Continue each row; see hrm_model.generate.generate for the options and results."""

@@ -31,6 +31,8 @@ class Evaluation:
     dtype: torch.dtype
     average: WeightAverage | None = None
     ranks: Ranks = ALONE
+    tokenizer: Any = None
+    """Of the samples; None is GPT-2's."""
 
     @property
     def own_depth(self) -> int | None:
@@ -116,7 +118,7 @@ class Evaluation:
             return self._sample() if self.ranks.is_first else ""
 
     def _sample(self) -> str:
-        run, tokenizer = self.run, get_tokenizer()
+        run, tokenizer = self.run, self.tokenizer or get_tokenizer()
         if run.is_chat:
             ids = template.prompt([{"role": "user", "content": run.sample_prompt}], tokenizer)
         else:
@@ -130,6 +132,7 @@ class Evaluation:
                 top_k=50,
                 seed=run.seed,
                 force_steps=self.own_depth,
+                tokenizer=tokenizer,
                 **({"stop": template.STOP} if run.is_chat else {}),
             )
         ids = out[0].tolist()[len(ids) if run.is_chat else 0 :]

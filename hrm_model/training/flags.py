@@ -6,12 +6,19 @@ import argparse
 import ast
 import inspect
 import itertools
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string literal under it in the class body."""
+    """Field name -> the string literal under it in the class body, its bases' fields included."""
+    docs = {}
+    for base in reversed([c for c in cls.__mro__ if is_dataclass(c)]):
+        docs |= _own_docs(base)
+    return docs
+
+
+def _own_docs(cls: type) -> dict[str, str]:
     body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0].body
     docs = {}
     for statement, after in itertools.pairwise(body):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 
 class Interrupt:
@@ -11,10 +12,14 @@ class Interrupt:
 
     A second one ends the process immediately with the shell's code for the signal. Checkpoints are renamed into place
     when complete, so leaving in the middle of one harms nothing.
+
+    Args:
+        seconds: after so long the flag is set without a signal; 0: never.
     """
 
-    def __init__(self):
+    def __init__(self, seconds: float = 0.0):
         self.requested = False
+        self._end = time.monotonic() + seconds if seconds else None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
@@ -27,7 +32,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def __bool__(self) -> bool:
-        return self.requested
+        return self.requested or (self._end is not None and time.monotonic() >= self._end)
 
     def _handle(self, number: int, frame) -> None:
         if self.requested:

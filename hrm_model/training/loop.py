@@ -43,7 +43,7 @@ from .provenance import RUN_FILE, add_resume, write_provenance
 from .recipes import TrainConfig
 from .reports import depth_plan, evaluation, missed_target
 from .rundir import RunLock, find_checkpoint, make_directory
-from .stage_data import open_stage_data
+from .stage_data import StageData, open_stage_data
 from .step import DataError, NotFiniteError, StepResult, TrainingStep
 
 EXIT_INTERRUPTED = 75
@@ -64,6 +64,10 @@ class Training:
         ValueError, OSError: the message names the option, what was found and the remedy.
     """
 
+    GO_ON = "continue with --resume auto"
+    tokenizer = None
+    """Of the samples; None is GPT-2's."""
+
     def __init__(self, run: TrainConfig, shape: dict[str, Any] | None = None):
         self.run, self.out = run, Path(run.out)
         self.ranks: Ranks = join(run.timeout)
@@ -76,7 +80,7 @@ class Training:
         torch.manual_seed(run.seed)
         self.model = self._build_model(shape)
         run.check_model(self.config)
-        self.data = open_stage_data(run, self.config)
+        self.data = self._open_data()
         if run.recompute:
             self.model.recompute_activations()
         if run.compile:
@@ -95,7 +99,9 @@ class Training:
             run, self.model, wrapped, self.data.training, self.optimizer, self.exploration, self.head, self.dtype,
             self.average, self.ranks,
         )  # fmt: skip
-        self.evaluation = Evaluation(run, self.model, self.data.validations, self.dtype, self.average, self.ranks)
+        self.evaluation = Evaluation(
+            run, self.model, self.data.validations, self.dtype, self.average, self.ranks, self.tokenizer
+        )
         self.step = self.saved_step = 0
         self.val_loss: float | None = None  # of the weights as they are
         self.start_loss: float | None = None  # of conversations, before the first step; where --max-rise counts from
@@ -121,6 +127,9 @@ class Training:
         model = HRMForCausalLM(self.run.model_config(config.to_dict()))
         model.load_state_dict(loaded.state_dict())
         return model.to(self.device)
+
+    def _open_data(self) -> StageData:
+        return open_stage_data(self.run, self.config)
 
     def _exploration(self) -> Exploration:
         run = self.run
@@ -194,7 +203,7 @@ class Training:
                 add_resume(self.out, self.step)
             self.trackers = Trackers(run.track, self.out, asdict(run))
         try:
-            with Interrupt() as stop:
+            with Interrupt(60 * run.max_minutes) as stop:
                 together = False
                 try:
                     self._train(stop)
@@ -225,7 +234,7 @@ class Training:
             self._close()
         if not self.ranks.first(self._has_finished):
             saved = f"saved at step {self.step} of {run.steps}" if self.step else "before the first step"
-            self._say(f"stopped, {saved}; continue with --resume auto")
+            self._say(f"stopped, {saved}; {self.GO_ON}")
             return EXIT_INTERRUPTED
         if self.ranks.is_first:
             self._print_summary()
@@ -348,7 +357,16 @@ class Training:
         own = [p.to_local() if in_shards(p) else p for p in self.model.parameters()]
         if self.ranks.any(not torch.stack([p.isfinite().all() for p in own]).all().item()):
             raise NotFiniteError(f"step {self.step}: the weights after it are not finite; they were not saved")
-        state = {
+        state = self._state()
+        average = None if self.average is None else self.average.average
+        self.saved = save_checkpoint(
+            self.out, self.step, self.model, self.optimizer, state, self.run.keep_last, None, average, self.ranks
+        )
+        self.saved_step = self.step
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint says of the run."""
+        return {
             "val_loss": self.val_loss,
             "price": self.price.value,
             "run": asdict(self.run),
@@ -357,11 +375,6 @@ class Training:
             "start_loss": self.start_loss,
             "ended_early": self.ended_early,
         }
-        average = None if self.average is None else self.average.average
-        self.saved = save_checkpoint(
-            self.out, self.step, self.model, self.optimizer, state, self.run.keep_last, None, average, self.ranks
-        )
-        self.saved_step = self.step
 
     def _draw(self) -> None:
         title = f"{self.out} ({self.run.recipe})"

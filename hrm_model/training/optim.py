@@ -10,21 +10,23 @@ from torch import nn
 from .recipes import TrainConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Three groups that hold every parameter once: matrices of the blocks with decay; embeddings, norms, biases and
-    vectors without; the halting head without, at a rate of its own: it has few numbers and must keep up with a model
-    that changes."""
-    decayed, plain, head = [], [], []
+def parameter_groups(model: nn.Module, weight_decay: float, embedding_apart: bool = False) -> list[dict]:
+    """Groups that hold every parameter once: matrices of the blocks with decay; embeddings, norms, biases and vectors
+    without; the halting head without, at a rate of its own: it has few numbers and must keep up with a model that
+    changes; and the embedding table, if it has a rate of its own, too."""
+    decayed, plain, head, embedding = [], [], [], []
     for name, p in model.named_parameters():
         is_matrix = p.dim() >= 2 and "wte" not in name and "wpe" not in name and "lm_head" not in name
-        (head if "q_head" in name else decayed if is_matrix else plain).append(p)
+        apart = embedding_apart and name == "wte.weight"
+        (head if "q_head" in name else embedding if apart else decayed if is_matrix else plain).append(p)
     groups = {"decayed": (decayed, weight_decay), "plain": (plain, 0.0), "head": (head, 0.0)}
+    groups["embedding"] = embedding, 0.0
     return [{"name": name, "params": parameters, "weight_decay": decay} for name, (parameters, decay) in groups.items()]
 
 
 def build_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.Optimizer:
     """--optimizer: AdamW (Loshchilov & Hutter, 2019), as one fused update where torch has it, or AdamAtan2."""
-    groups = [g for g in parameter_groups(model, run.weight_decay) if g["params"]]
+    groups = [g for g in parameter_groups(model, run.weight_decay, run.embed_lr > 0) if g["params"]]
     betas = run.beta1, run.beta2
     if run.optimizer == "atan2":
         return AdamAtan2(groups, lr=run.lr, betas=betas)

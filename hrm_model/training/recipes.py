@@ -54,6 +54,8 @@ class TrainConfig:
     """peak learning rate"""
     min_lr: float = 3e-5
     """learning rate at the end of the cosine"""
+    embed_lr: float = 0.0
+    """peak learning rate of the embedding table; it follows the same schedule; 0: --lr"""
     head_lr: float = 0.01
     """peak learning rate of the halting head; it follows the same schedule"""
     warmup: int = 2000
@@ -140,11 +142,13 @@ class TrainConfig:
     """tokens of that sample; 0 for none"""
     track: list[str] = field(default_factory=list)
     """also log to tensorboard and/or wandb"""
+    max_minutes: float = 0.0
+    """save and leave after this long, as on Ctrl-C; 0: no limit"""
 
     # Fields that change nothing about the weights a run ends with, so a resumed run may differ in them.
     FREE = frozenset(
         "out resume overwrite log_every eval_every eval_windows save_every keep_last sample_prompt sample_tokens track "
-        "init_from parallel timeout dry_run".split()
+        "init_from parallel timeout dry_run max_minutes".split()
     )
     # Fields that have no meaning in a stage, and so no flag.
     NOT_FOR: ClassVar[dict[str, frozenset[str]]] = {
@@ -188,7 +192,8 @@ class TrainConfig:
             yield "--overwrite and --resume auto contradict each other; give one of them"
         if self.config and self.init_from:
             yield "--config and --init-from each say what the model is; give one of them"
-        for name in ("lr", "min_lr", "head_lr", "weight_decay", "grad_clip", "z_loss", "epochs", "max_rise", "timeout"):
+        rates = "lr min_lr head_lr embed_lr weight_decay grad_clip z_loss epochs max_rise timeout max_minutes"
+        for name in rates.split():
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is not a finite number of at least 0"
         if self.min_lr > self.lr:
@@ -212,8 +217,8 @@ class TrainConfig:
             )
         if self.gradient == "published" and self.gradient_steps > 1:
             yield f"--gradient-steps {self.gradient_steps} is for --gradient replay; the published one has 1"
-        if self.stage not in STAGES:
-            yield f"stage {self.stage!r} is none of {', '.join(STAGES)}"
+        if self.stage not in (*STAGES, "continual"):
+            yield f"stage {self.stage!r} is none of {', '.join(STAGES)}, continual"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield f"--{name} {getattr(self, name)!r} is none of {', '.join(allowed)}"
@@ -226,7 +231,7 @@ class TrainConfig:
     @property
     def is_chat(self) -> bool:
         """Whether the stage trains on conversations."""
-        return self.stage != "pretrain"
+        return self.stage not in ("pretrain", "continual")
 
     @property
     def trains_head(self) -> bool:

@@ -28,9 +28,12 @@ def learning_rate(step: int, run: TrainConfig) -> float:
 
 
 def set_learning_rates(optimizer: Optimizer, lr: float, run: TrainConfig) -> None:
-    """The rates of the next step: `lr`, and for the halting head its own, on the same schedule."""
+    """The rates of the next step: `lr`, and for the halting head and perhaps the embedding their own, on the same
+    schedule."""
+    peaks = {"head": run.head_lr, "embedding": run.embed_lr}
     for group in optimizer.param_groups:
-        group["lr"] = run.head_lr * (lr / run.lr if run.lr else 1.0) if group["name"] == "head" else lr
+        peak = peaks.get(group["name"])
+        group["lr"] = lr if peak is None else peak * (lr / run.lr if run.lr else 1.0)
 
 
 def gradient_window(step: int, run: TrainConfig, applications: int) -> int | None:

@@ -69,6 +69,8 @@ class TrainingStep:
     dtype: torch.dtype
     average: WeightAverage | None = None
     ranks: Ranks = ALONE
+    penalty: Callable[[], None] | None = None
+    """Adds the gradient of a penalty on the parameters, which the reported loss leaves out."""
     updating: bool = field(default=False, init=False)
     """Whether an update was begun and not ended: then the parameters are those of no step."""
 
@@ -115,6 +117,8 @@ class TrainingStep:
                 (loss * self.ranks.size).backward()
             losses.append(loss.detach())
             seen.add(batch, out)
+        if self.penalty is not None:
+            self.penalty()
         norm = clip_gradients(model, run.grad_clip)
         # the host waits for the device only here, and for the head
         *losses, norm = torch.stack([*losses, norm]).tolist()

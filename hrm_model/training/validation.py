@@ -161,15 +161,18 @@ class Validation:
 
     Args:
         rows: inputs and targets [N, T], lengths. train: tokens of the training split, for the n-gram losses.
-        vocab_size: of the model.
+        vocab_size: of the model. token_bytes: length of each token, int64 [n]; default GPT-2's.
     """
 
-    def __init__(self, rows: ValidationRows, train: list[Split], vocab_size: int):
+    def __init__(
+        self, rows: ValidationRows, train: list[Split], vocab_size: int, token_bytes: np.ndarray | None = None
+    ):
         self.rows = rows
         real = rows.targets != IGNORE
         targets, inputs = rows.targets[real][None], rows.inputs[real][None]
         self.n_targets = targets.size
-        self.n_bytes = int(get_tokenizer().token_bytes()[targets].sum())
+        token_bytes = get_tokenizer().token_bytes() if token_bytes is None else token_bytes
+        self.n_bytes = int(token_bytes[targets].sum())
         """UTF-8 bytes of the targets."""
         found = ngram_losses(train, targets, inputs, vocab_size)
         self.unigram = found["unigram"]
