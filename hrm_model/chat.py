@@ -142,6 +142,8 @@ class ChatSession:
         """The last prompt."""
         self.reused = 0
         """How many of its first tokens the cache held already."""
+        self.unknown = 0
+        """Characters of the last question that a model of characters does not have."""
         self.over = False
         """Whether /exit was asked for."""
         self.show_steps = False
@@ -253,6 +255,9 @@ class ChatSession:
         self.left_out = (len(messages) - len(kept)) // 2
         return prompt(kept, *how)
 
+    def _stops(self) -> tuple[str, ...]:
+        return stop_strings(self.settings.labels)
+
     def _answer(self, question: dict[str, str], ids: list[int]) -> Iterator:
         s = self.settings
         parts: list[str] = []
@@ -262,7 +267,7 @@ class ChatSession:
             s.max_new_tokens,
             sampling=s.sampling,
             min_new_tokens=s.min_new_tokens,
-            stop=stop_strings(s.labels),
+            stop=self._stops(),
             stop_tokens=(END_OF_TEXT,),
             seed=self.turn_seed,
             max_steps=s.max_steps,

@@ -30,19 +30,19 @@ def run_command(session, line: str) -> str:
     """
     name, argument = [*line.split(None, 1), ""][:2]
     name = _ALIASES.get(name.lower(), name.lower())
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, [*COMMANDS, *_ALIASES], n=1)
+    if name not in session.commands:
+        near = difflib.get_close_matches(name, [*session.commands, *_ALIASES], n=1)
         remedy = f"did you mean {near[0]}?" if near else 'to send it as a message, put it between """ and """;'
         raise ValueError(f"unknown command {_short(name)}; {remedy} /help lists the commands")
-    command, argument = COMMANDS[name], checked_text(argument.strip(), f"what follows {name}")
+    command, argument = session.commands[name], checked_text(argument.strip(), f"what follows {name}")
     if argument and " " not in command.usage:
         raise ValueError(f"{name} takes nothing after it, not {_short(argument)}; write {name} alone")
     return command.run(session, argument)
 
 
 def _help(session, argument: str) -> str:
-    width = max(len(c.usage) for c in COMMANDS.values())
-    lines = [f"  {c.usage:<{width}}  {c.help}" for c in COMMANDS.values()]
+    width = max(len(c.usage) for c in session.commands.values())
+    lines = [f"  {c.usage:<{width}}  {c.help}" for c in session.commands.values()]
     lines.append('A line that ends in a backslash goes on in the next; """ begins and ends a block of lines.')
     lines.append("Ctrl-C stops an answer, or clears the line; twice at an empty line, or Ctrl-D, leaves.")
     return "\n".join(lines)

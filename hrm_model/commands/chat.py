@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(draws, temperature=0.7, top_k=50, top_p=0.95)
     draws.add_argument("--seed", metavar="N", type=int, help="the same seed and questions give the same answers")
     add_depth_arguments(parser.add_argument_group("depth"))
+    parser.add_argument("--mode", metavar="NAME", help="of a model of characters: fast, normal, deep, extreme, or NxT")
     parser.add_argument("--debug", action="store_true", help="show prompt, seed and every token")
 
 
@@ -77,7 +78,17 @@ def run(args: argparse.Namespace) -> int:
     from ..terminal import Keyboard, Screen
 
     with named_as_typed(args):
-        session = ChatSession(model, tokenizer, settings)
+        if model.config.n_chars is None:
+            session = ChatSession(model, tokenizer, settings)
+        else:
+            from ..continual.chat import ContinualSession
+            from ..continual.store import model_directory_of
+
+            session = ContinualSession(model, tokenizer, settings, model_directory_of(args.ckpt).history())
+    if args.mode is not None:
+        if model.config.n_chars is None:
+            raise ValueError("--mode is for models of characters; this one takes --force-steps N")
+        session.think(args.mode)
     session.show_steps, session.debug = args.show_steps, args.debug
     screen = Screen()
     if questions is None:
@@ -195,6 +206,8 @@ def answer(session: ChatSession, question: str, screen: Screen, more: str, label
             screen.line("")
     for line in _remarks(seen, stop.requested, session.turns > turns, more):
         screen.notice(line)
+    if session.unknown:
+        screen.notice(f"({session.unknown} characters of that are unknown to this model; it read them as U+FFFD)")
     if session.debug:
         _show_tokens(session, seen, screen)
     return not stop.requested

@@ -67,13 +67,15 @@ def facts(path: str, device: str = "auto") -> dict[str, Any]:
 def _files(path: Path) -> tuple[Path | None, str]:
     """(the directory that holds the model, None for a .pt; what is known about its files)."""
     from ..atomic import MANIFEST, read_manifest
-    from ..checkpoint import latest_checkpoint, verify_checkpoint
+    from ..checkpoint import ROLES, latest_checkpoint, role_checkpoint, verify_checkpoint
 
     directory = path if path.is_dir() else path.parent if path.suffix == ".safetensors" else None
     if directory is None:
         return None, "one published file, nothing to hold it against"
     if (directory / "checkpoints").is_dir() and not (directory / "config.json").exists():
         directory = latest_checkpoint(directory) or directory
+    elif any((directory / role).is_dir() for role in ROLES):
+        directory = role_checkpoint(directory)
     if not (directory / MANIFEST).exists():
         return directory, f"no {MANIFEST}, nothing to hold them against"
     verify_checkpoint(directory)

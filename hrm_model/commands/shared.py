@@ -149,8 +149,12 @@ def load(args: argparse.Namespace):
     kernels = choose_kernels(args.fused, device)
     if args.fused != "off":
         print(kernels, file=sys.stderr)
-    tokenizer = get_tokenizer()
     model, config = load_model(args.ckpt, device, getattr(torch, args.dtype))
+    if config.n_chars is not None:
+        from ..continual.store import model_directory_of
+
+        return model, model_directory_of(args.ckpt).tokenizer()
+    tokenizer = get_tokenizer()
     if config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
             f"{args.ckpt} has vocab_size {config.vocab_size}, and text needs GPT-2's {tokenizer.n_vocab}; "

@@ -39,12 +39,12 @@ class Text:
         return len(self.content) * 9 // 10
 
 
-def read(path: str, seq_length: int) -> Text:
+def read(path: str) -> Text:
     """Read a UTF-8 file; its line ends become "\\n".
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is empty, binary, not UTF-8 all through, or too short for sequences of `seq_length`.
+        ValueError: it is empty, binary, or not UTF-8 all through.
     """
     content = read_text(path)
     if "\0" in content:
@@ -54,15 +54,18 @@ def read(path: str, seq_length: int) -> Text:
     content = content.replace("\r\n", "\n").replace("\r", "\n")
     if not content.strip():
         raise ValueError(f"{path} is empty: {len(content)} characters, all white space; give a text to learn from")
-    text = Text(path, content)
-    least = 10 * (seq_length + 1)
-    if min(text.n_train, len(content) - text.n_train) < seq_length + 1:
+    return Text(path, content)
+
+
+def check_length(text: Text, seq_length: int) -> None:
+    """Raises ValueError where the text is too short for sequences of `seq_length`."""
+    n, least = len(text.content), 10 * (seq_length + 1)
+    if min(text.n_train, n - text.n_train) < seq_length + 1:
         raise ValueError(
-            f"{path} has {len(content):,} characters; 90 % to train on and 10 % to validate with, each at least one "
+            f"{text.path} has {n:,} characters; 90 % to train on and 10 % to validate with, each at least one "
             f"sequence of --seq-length {seq_length} and its next character, need {least:,}: give a longer text, or a "
-            f"--seq-length of at most {max(1, len(content) // 10 - 1)}"
+            f"--seq-length of at most {max(1, n // 10 - 1)}"
         )
-    return text
 
 
 def store(text: Text, tokenizer: CharTokenizer, out: Path) -> Dataset:

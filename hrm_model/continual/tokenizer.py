@@ -33,6 +33,8 @@ class CharTokenizer:
     """
 
     name = "characters"
+    eot = -1
+    """No id ends a text."""
 
     def __init__(self, characters: str = UNKNOWN):
         if not characters.startswith(UNKNOWN) or len(set(characters)) != len(characters):

@@ -124,7 +124,7 @@ def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], 
             return 130
         return training()
     except Exception as error:
-        message = _explained(error)
+        message = explained(error)
         if message is None:  # a fault of ours: its traceback is what helps
             raise
         where = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
@@ -135,7 +135,7 @@ def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], 
         leave()
 
 
-def _explained(error: Exception) -> str | None:
+def explained(error: Exception) -> str | None:
     """What to say of an error that has its cause outside this code; None of any other."""
     import torch
 

@@ -39,7 +39,7 @@ class StageData:
         paths = ", ".join(str(d.path) for d in self.datasets)
         n_val = sum(len(v.rows.inputs) for _, v, _ in self.validations)
         if not isinstance(self.training, RowSampler):
-            size = self.training.sampler.block_size
+            size = self.validations[0][1].rows.inputs.shape[1]
             return f"{paths}: {n_train:,} training tokens, {n_val} validation windows of {size}"
         rows = self.training
         return (
