@@ -1,9 +1,9 @@
 """Initial weights of the HRM paper: truncated normals that keep a vector's size (Wang et al., 2025; LeCun et al., 1998).
 
-    a projection [N, C]    N(0, 1 / C), cut at two standard deviations
-    the embedding          N(0, 1 / embed_scale^2), so that it comes out of its scale with variance 1
-    H_init, L_init         N(0, 1)
-    the halting head       0: nothing is decided before it has learned
+a projection [N, C]    N(0, 1 / C), cut at two standard deviations
+the embedding          N(0, 1 / embed_scale^2), so that it comes out of its scale with variance 1
+H_init, L_init         N(0, 1)
+the halting head       0: nothing is decided before it has learned
 """
 
 from __future__ import annotations

@@ -92,7 +92,11 @@ def analysed(model, tokenizer, content: str, args: argparse.Namespace) -> dict[s
     for event in events:
         written[event.row] += event.text
     by_chain = [chain.generate(p, args.length, args.seed + i) for i, p in enumerate(prompts)]
-    texts = {"model": "\n".join(written), "markov": "\n".join(by_chain), "people": held_out[: args.length * args.samples]}
+    texts = {
+        "model": "\n".join(written),
+        "markov": "\n".join(by_chain),
+        "people": held_out[: args.length * args.samples],
+    }
     return {
         "scores": {who: reference.scores(t).to_dict() for who, t in texts.items()},
         "samples": {"model": written, "markov": by_chain},

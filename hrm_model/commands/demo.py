@@ -1,7 +1,7 @@
 """hrm demo: how the two states of a model move through N cycles x T steps, and what it would say at each moment.
 
-    hrm demo models/model --text "Alice was"
-    hrm demo models/model --text "Alice was" --modes fast normal 4x2 --out demo.png
+hrm demo models/model --text "Alice was"
+hrm demo models/model --text "Alice was" --modes fast normal 4x2 --out demo.png
 """
 
 from __future__ import annotations

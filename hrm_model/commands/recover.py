@@ -1,6 +1,6 @@
 """hrm recover: rebuild the tokenizer of a model of characters from its checkpoint, and verify it.
 
-    hrm recover models/model            # the old file, if there is one, is kept as tokenizer.json.old-1
+hrm recover models/model            # the old file, if there is one, is kept as tokenizer.json.old-1
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """What generated text is like, in numbers of 0 to 100, each defined here; they mean something beside a baseline's.
 
-    trigrams    100 cos of the two texts' counts of character trigrams
-    characters  100 (1 - total variation between the shares of letters, digits, spaces, line breaks and other signs)
-    words       share of the words of at least four letters that the training text has
-    structure   mean of three shares: sentences that begin with a capital, that have 2 to 40 words, and quotes and
-                brackets that are closed
-    meaning     share of neighbouring word pairs that the training text has within ten words of each other, of pairs of
-                words of four letters that it has: a proxy that knows no meaning, only what goes together
-    diversity   100 different words / words, over the first 500 words
-    copied      share of the 20-character sequences that stand in the training text: how much is recitation
+trigrams    100 cos of the two texts' counts of character trigrams
+characters  100 (1 - total variation between the shares of letters, digits, spaces, line breaks and other signs)
+words       share of the words of at least four letters that the training text has
+structure   mean of three shares: sentences that begin with a capital, that have 2 to 40 words, and quotes and
+            brackets that are closed
+meaning     share of neighbouring word pairs that the training text has within ten words of each other, of pairs of
+            words of four letters that it has: a proxy that knows no meaning, only what goes together
+diversity   100 different words / words, over the first 500 words
+copied      share of the 20-character sequences that stand in the training text: how much is recitation
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class Reference:
         words = [w.lower() for w in _WORD.findall(text)]
         self.words = {w for w in words if len(w) >= LETTERS}
         long = [w for w in words if len(w) >= LETTERS]
-        self.near = {
-            (a, b) for i, a in enumerate(long) for b in long[i + 1 : i + 1 + NEAR]
-        }
+        self.near = {(a, b) for i, a in enumerate(long) for b in long[i + 1 : i + 1 + NEAR]}
         self.copies = {text[i : i + COPY] for i in range(len(text) - COPY + 1)}
 
     def scores(self, text: str) -> Scores:

@@ -43,9 +43,7 @@ class ContinualSession(ChatSession):
         self._models = {(config.hrm_H_cycles, config.hrm_L_cycles): model}
         self.learned = history
         trained = f"{config.hrm_H_cycles}x{config.hrm_L_cycles}"
-        self.answering = Answering(
-            next((n for n, pair in MODES.items() if "{}x{}".format(*pair) == trained), trained)
-        )
+        self.answering = Answering(next((n for n, pair in MODES.items() if "{}x{}".format(*pair) == trained), trained))
 
     def think(self, mode: str) -> tuple[int, int]:
         """Answer in this mode from now on; returns N and T. Raises ValueError for a mode that is none."""

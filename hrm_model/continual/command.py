@@ -67,7 +67,9 @@ def _run(given: dict[str, Any]) -> int:
     recipe = given.pop("recipe", "base")
     options = ContinualConfig.of_recipe(recipe, **given)
     if not options.text:
-        raise ValueError("no text is given; give one with --text FILE, or choose it with --gui; --list shows the models")
+        raise ValueError(
+            "no text is given; give one with --text FILE, or choose it with --gui; --list shows the models"
+        )
     text = read(options.text)
     directory = choose(options, text.sha256)
     keep(options, directory, given)

@@ -1,8 +1,8 @@
 """What a model still knows of each text after each text: a matrix of losses, as JSON and as a picture.
 
-    R[i][j]        loss on text j's validation split after text i was learned, j <= i, nats per character
-    forgetting_j   R[last][j] - min over i >= j of R[i][j]         0: nothing was lost
-    learning_j     R[j][j]
+R[i][j]        loss on text j's validation split after text i was learned, j <= i, nats per character
+forgetting_j   R[last][j] - min over i >= j of R[i][j]         0: nothing was lost
+learning_j     R[j][j]
 """
 
 from __future__ import annotations

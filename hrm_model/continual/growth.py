@@ -1,9 +1,9 @@
 """How a trained model becomes larger without becoming another one: more characters, more layers.
 
-    vocabulary   rows of wte and lm_head, 64 at a time; n_chars moves the border between real and spare rows.
-                 Old rows, and old characters' logits, stay the same to the last bit (output_head.py).
-    layers       at the end of a level, behind a gate at 0 (blocks.GrownBlock): the function stays the same to the bit.
-    optimizer    moments of old numbers stay; new rows and new layers begin at 0.
+vocabulary   rows of wte and lm_head, 64 at a time; n_chars moves the border between real and spare rows.
+             Old rows, and old characters' logits, stay the same to the last bit (output_head.py).
+layers       at the end of a level, behind a gate at 0 (blocks.GrownBlock): the function stays the same to the bit.
+optimizer    moments of old numbers stay; new rows and new layers begin at 0.
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ MARKOV_STREAM = 128 + 13
 
 class Markov:
     """Args:
-        text: what is counted, not empty. order: k, at least 0.
+    text: what is counted, not empty. order: k, at least 0.
     """
 
     def __init__(self, text: str, order: int):
         if not text or order < 0:
-            raise ValueError(f"a Markov chain of order {order} on {len(text)} characters cannot be; give a text, order 0 up")
+            raise ValueError(
+                f"a Markov chain of order {order} on {len(text)} characters cannot be; give a text, order 0 up"
+            )
         self.order = order
         counts: list[dict[str, Counter[str]]] = [defaultdict(Counter) for _ in range(order + 1)]
         for k in range(order + 1):

@@ -16,7 +16,7 @@ FIELDS = (
 
 class SettingsWindow:
     """Args:
-        root: a tkinter.Tk. given: flags that were given, which the window shows instead of the defaults.
+    root: a tkinter.Tk. given: flags that were given, which the window shows instead of the defaults.
     """
 
     def __init__(self, root, given: dict[str, Any]):
@@ -90,7 +90,9 @@ def ask(given: dict[str, Any]) -> dict[str, Any] | None:
     try:
         import tkinter
     except ImportError as error:
-        raise ValueError(f"--gui needs tkinter ({error}); on Debian apt install python3-tk; or give --text FILE") from error
+        raise ValueError(
+            f"--gui needs tkinter ({error}); on Debian apt install python3-tk; or give --text FILE"
+        ) from error
     try:
         root = tkinter.Tk()
     except tkinter.TclError as error:

@@ -1,7 +1,7 @@
 """A tokenizer of characters that only ever grows: an id, once given, means the same character for good.
 
-    id 0        U+FFFD: what stands for a character that the tokenizer does not have
-    id 1, 2, .. characters in the order in which texts brought them, those of one text by code point
+id 0        U+FFFD: what stands for a character that the tokenizer does not have
+id 1, 2, .. characters in the order in which texts brought them, those of one text by code point
 """
 
 from __future__ import annotations
