@@ -142,5 +142,5 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Hours on a CPU: some 4.6 M parameters, three epochs of stride 1.
     "base": _SHARED | dict(epochs=3.0),
     # Minutes: 0.4 M parameters.
-    "tiny": _SHARED | dict(steps=2000, lr=2e-3, min_lr=2e-4, embed_lr=1e-3, eval_epochs=0.05, save_epochs=0.05),
+    "tiny": _SHARED | dict(steps=1200, lr=2e-3, min_lr=2e-4, embed_lr=1e-3, eval_epochs=0.03, save_epochs=0.03),
 }
