@@ -1,12 +1,12 @@
 """Does the growing character model form words, keep what it knew, and stay itself when it grows?
 
-    python bench/continual.py words            # one text of 150 kB, tiny recipe: scores beside a Markov chain's; the growths
+    python bench/continual.py words            # one text of 150 kB, tiny recipe: scores beside a Markov chain's
     python bench/continual.py forgetting       # three texts in a row: nothing, replay, elastic penalty, both
     python bench/continual.py forgetting --steps 50 --seeds 1    # faster, and less to see
 
 The texts are at hand with every interpreter: the language manual (pydoc's topics), the source of argparse, and a list of
-accented letters with their Unicode names, whose characters make the vocabulary grow beyond its rows. Last line: JSON;
---save appends it to bench/results/continual.jsonl.
+accented letters with their Unicode names, whose characters make the vocabulary grow beyond its rows. The
+last line is JSON; --save appends it to bench/results/continual.jsonl.
 """
 
 from __future__ import annotations

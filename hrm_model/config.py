@@ -112,7 +112,7 @@ class HRMConfig:
     init: str = "normal"
     """Initial weights: normal, as published, or truncated, those of the HRM paper."""
     n_chars: int | None = None
-    """Of a character-level model, the ids in use; rows of the vocabulary from there on are spare. null: words' pieces."""
+    """Of a model of characters, the ids in use; rows of the vocabulary from there on are spare. null: not of them."""
     hrm_H_grown: int = 0
     """Of the H level's layers, how many at its end were added later, each behind a gate."""
     hrm_L_grown: int = 0

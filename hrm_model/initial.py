@@ -1,4 +1,4 @@
-"""Initial weights of the HRM paper: truncated normals that keep a vector's size (Wang et al., 2025; LeCun et al., 1998).
+"""Initial weights of the HRM paper (Wang et al., 2025; LeCun et al., 1998): cut normals that keep a vector's size.
 
 a projection [N, C]    N(0, 1 / C), cut at two standard deviations
 the embedding          N(0, 1 / embed_scale^2), so that it comes out of its scale with variance 1

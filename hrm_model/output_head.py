@@ -8,8 +8,9 @@ of another shape may sum in another order.
 
     stablemax   p_i = s(l_i) / sum_j s(l_j),   s(l) = 1 + l for l >= 0, 1 / (1 - l) below
 
-log s(l) = sign(l) log(1 + |l|), so the head gives that as its logits, and softmax of them is stablemax of l: sampling,
-loss and analysis need to know nothing of it. Source: Prieto et al., "Grokking at the Edge of Numerical Stability", 2025.
+log s(l) = sign(l) log(1 + |l|), so the head gives that as its logits, and softmax of them is stablemax of l:
+sampling, loss and analysis need to know nothing of it. Source: Prieto et al., "Grokking at the Edge of Numerical
+Stability", 2025.
 """
 
 from __future__ import annotations

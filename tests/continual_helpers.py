@@ -15,7 +15,10 @@ SHAPE = dict(vocab_size=64, n_chars=1, tie_embeddings=False, init="truncated", u
 SHAPE |= dict(n_output_layers=0, hrm_H_layers=1, hrm_L_layers=1, hrm_max_steps=1, n_embd=16, n_head=2, mlp_hidden=40)
 SHAPE |= dict(embed_scale=4.0, halt_bias=0.0)
 ENGLISH = "".join(f"The {n}th sheep went over the hill, and then it slept. " for n in range(80))
-GREEK = "".join(f"\u03b1\u03b2\u03b3 {n} \u03bb\u03cc\u03b3\u03bf\u03c2 \u03ba\u03b1\u03b9 \u03bd\u03bf\u03cd\u03c2\n" for n in range(180))
+GREEK = "".join(
+    f"\u03b1\u03b2\u03b3 {n} \u03bb\u03cc\u03b3\u03bf\u03c2 \u03ba\u03b1\u03b9 \u03bd\u03bf\u03cd\u03c2\n"
+    for n in range(180)
+)
 SYMBOLS = "".join(chr(0x2200 + n % 70) + chr(0x2500 + n % 40) + " " for n in range(1200))
 
 
@@ -42,7 +45,9 @@ class Classroom:
     def flags(self, text: str, **more) -> dict:
         """Flags of a lesson of 6 steps."""
         path = text if "/" in text else str(self.folder / f"{text}.txt")
-        given = dict(recipe="tiny", text=path, models=str(self.folder / "models"), config=str(self.folder / "shape.json"))
+        given = dict(
+            recipe="tiny", text=path, models=str(self.folder / "models"), config=str(self.folder / "shape.json")
+        )
         given |= dict(steps=6, batch_size=4, eval_windows=2, log_every=2, sample_tokens=0, save_epochs=0.001)
         return given | dict(growth_chars=0, on_interrupt="pause") | more
 

@@ -166,7 +166,9 @@ def test_the_rule_counts_parameters_truly():
     each = layer_parameters(config)
     assert each == 4 * 256 * 256 + 3 * 256 * 640 + 2 * 256 + 1
     rule = GrowthRule()
-    assert [rule.due(n, 0) for n in (0, 2_999_999, 3_000_000, 9_500_000)] == [0, 0, 1, 3] and rule.due(9_500_000, 3) == 0
+    assert [rule.due(n, 0) for n in (0, 2_999_999, 3_000_000, 9_500_000)] == [0, 0, 1, 3] and rule.due(
+        9_500_000, 3
+    ) == 0
     plan = rule.plan(config, 1)
     assert (plan.L, plan.H, plan.parameters) == (1, 0, each), "at this width one layer is what a million holds"
     plan = GrowthRule(params=2_300_000).plan(config, 1)

@@ -1,7 +1,7 @@
 """Learn one text after another on characters, with a model that grows and does not forget.
 
-    python train/continual.py --text alice.txt --recipe tiny       # a first model; the same command goes on after a kill
-    python train/continual.py --text glass.txt --recipe tiny       # the same model, another text: new characters, replay
+    python train/continual.py --text alice.txt --recipe tiny    # a first model; the same command goes on after a kill
+    python train/continual.py --text glass.txt --recipe tiny    # the same model, another text: new characters, replay
     python train/continual.py --text other.txt --fresh             # a new model beside it
     python train/continual.py --list                               # models, and what they have seen
     python train/continual.py --text big.txt --dry-run             # characters and layers that would be added

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     directory = model_directory_of(args.ckpt)
     tokenizer, kept = directory.recover()
     print(
-        f"{directory.path / TOKENIZER}: {tokenizer.n_vocab} characters of {directory.checkpoint().name}, verified: each "
-        "encodes to its id and back" + (f"; the old file is {kept.name}" if kept else "")
+        f"{directory.path / TOKENIZER}: {tokenizer.n_vocab} characters of {directory.checkpoint().name}, verified: "
+        "each encodes to its id and back" + (f"; the old file is {kept.name}" if kept else "")
     )
     return 0

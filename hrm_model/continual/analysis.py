@@ -17,6 +17,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 LETTERS = 4
 COPY = 20
@@ -73,7 +74,7 @@ class Reference:
         words = [w.lower() for w in _WORD.findall(text)]
         long = [w for w in words if len(w) >= LETTERS]
         known = [w in self.words for w in long]
-        pairs = [(a, b) for a, b in zip(long, long[1:], strict=False) if a in self.words and b in self.words]
+        pairs = [(a, b) for a, b in pairwise(long) if a in self.words and b in self.words]
         first = words[:WORDS_OF_DIVERSITY]
         sequences = [text[i : i + COPY] for i in range(len(text) - COPY + 1)]
         return Scores(
@@ -101,11 +102,14 @@ def _cosine(a: Counter[str], b: Counter[str]) -> float:
 
 
 def _kinds(text: str) -> dict[str, float]:
-    counts = Counter(
-        "letter" if c.isalpha() else "digit" if c.isdigit() else "line" if c == "\n" else "space" if c.isspace() else "sign"
-        for c in text
-    )  # fmt: skip
+    counts = Counter(map(_kind, text))
     return {kind: n / len(text) for kind, n in counts.items()}
+
+
+def _kind(c: str) -> str:
+    if c.isalpha() or c.isdigit():
+        return "letter" if c.isalpha() else "digit"
+    return "line" if c == "\n" else "space" if c.isspace() else "sign"
 
 
 def _variation(a: dict[str, float], b: dict[str, float]) -> float:

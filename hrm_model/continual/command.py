@@ -64,17 +64,8 @@ def _run(given: dict[str, Any]) -> int:
         if given is None:
             print("nothing was chosen")
             return 0
-    recipe = given.pop("recipe", "base")
-    options = ContinualConfig.of_recipe(recipe, **given)
-    if not options.text:
-        raise ValueError(
-            "no text is given; give one with --text FILE, or choose it with --gui; --list shows the models"
-        )
-    text = read(options.text)
-    directory = choose(options, text.sha256)
-    keep(options, directory, given)
-    check_length(text, options.seq_length)
-    lesson = Lesson(options, text, directory)
+    lesson = prepare(given)
+    options, directory = lesson.options, lesson.directory
     if options.dry_run:
         print(lesson.plan() + "\ndry run: nothing was written")
         return 0
@@ -90,6 +81,23 @@ def _run(given: dict[str, Any]) -> int:
             lock.close()
         if not existed and not directory.has_checkpoint():
             _remove_if_bare(directory)
+
+
+def prepare(given: dict[str, Any]) -> Lesson:
+    """The lesson that the flags ask for; nothing is written.
+
+    Raises:
+        ValueError, OSError: something about the options, the text or the model is wrong; AlreadyLearned.
+    """
+    given = dict(given)
+    options = ContinualConfig.of_recipe(given.pop("recipe", "base"), **given)
+    if not options.text:
+        raise ValueError("no text is given; give one with --text FILE, or in a window with --gui; --list shows models")
+    text = read(options.text)
+    directory = choose(options, text.sha256)
+    keep(options, directory, given)
+    check_length(text, options.seq_length)
+    return Lesson(options, text, directory)
 
 
 def keep(options: ContinualConfig, directory: ModelDirectory, given: dict[str, Any]) -> None:

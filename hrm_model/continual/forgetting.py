@@ -24,11 +24,13 @@ def summary(names: list[str], rows: list[list[float]]) -> dict[str, Any]:
     return {
         "unit": "nats per character of each text's validation split",
         "texts": names,
-        "after": [{"text": name, "losses": dict(zip(names, row, strict=False))} for name, row in zip(names, rows, strict=True)],
+        "after": [
+            {"text": name, "losses": dict(zip(names, row, strict=False))} for name, row in zip(names, rows, strict=True)
+        ],
         "forgetting": dict(zip(names, forgotten, strict=True)),
         "mean_forgetting_of_earlier": sum(earlier) / len(earlier) if earlier else 0.0,
         "mean_loss": sum(rows[last]) / len(rows[last]),
-    }  # fmt: skip
+    }
 
 
 def write(directory: Path, names: list[str], rows: list[list[float]]) -> dict[str, Any]:
@@ -44,7 +46,8 @@ def table(names: list[str], rows: list[list[float]]) -> str:
     """The matrix for a terminal: a line for each text that was learned."""
     width = max(8, *(len(name) for name in names))
     lines = ["after \\ on".ljust(width) + "".join(f"  {name:>{width}}" for name in names)]
-    lines += [name.ljust(width) + "".join(f"  {x:>{width}.4f}" for x in row) for name, row in zip(names, rows, strict=True)]  # fmt: skip
+    for name, row in zip(names, rows, strict=True):
+        lines.append(name.ljust(width) + "".join(f"  {x:>{width}.4f}" for x in row))
     return "\n".join(lines)
 
 

@@ -33,7 +33,4 @@ def ends_naturally(text: str) -> bool:
     """Whether an answer may end here: the end of a sentence and the white space after it have just come."""
     if len(text) < SHORTEST:
         return False
-    found = None
-    for found in SENTENCE_END.finditer(text, max(0, len(text) - 8)):
-        pass
-    return found is not None and found.end() == len(text)
+    return any(end.end() == len(text) for end in SENTENCE_END.finditer(text, len(text) - 8))

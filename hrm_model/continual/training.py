@@ -90,7 +90,7 @@ class Lesson:
                 )
 
     def _growths_due(self) -> int:
-        if self.resumes or self.before is None and not self.options.growth_chars:
+        if self.resumes:
             return 0
         return self.options.growth.due(self.history.total, self.history.n_growths)
 
@@ -113,11 +113,12 @@ class Lesson:
             + ("new" if config is None else f"text {self.number}, {'resumed' if self.resumes else 'new to it'}"),
             f"text     {self.text.path}: {len(self.text.content):,} characters, {self.entry.new_characters} new to the "
             f"vocabulary",
-            f"rows     {n} of {rows_for(n)} in use" + ("" if config is None else f" (before: {config.n_chars} of {config.vocab_size})"),
+            f"rows     {n} of {rows_for(n)} in use"
+            + ("" if config is None else f" (before: {config.n_chars} of {config.vocab_size})"),
             f"seen     {self.history.total:,} characters with this text, one growth every "
             f"{self.options.growth_chars:,}, {self.history.n_growths} so far, {self.growths} due",
             f"layers   {layers if self.growths else 'none to add'}; one has {layers.each:,} parameters",
-        ]  # fmt: skip
+        ]
         return "\n".join(lines)
 
 
@@ -176,8 +177,8 @@ class ContinualTraining(Training):
         free, needed = free_bytes(self.device), BYTES_PER_PARAMETER * (model.num_parameters() + layers.parameters)
         if free is not None and needed > free:
             raise ValueError(
-                f"growing by {layers} needs {needed / 2**30:.1f} GiB for {model.num_parameters() + layers.parameters:,} "
-                f"parameters in training, and {free / 2**30:.1f} GiB are free on {self.device}; lower --growth-params "
+                f"growing by {layers} makes {model.num_parameters() + layers.parameters:,} parameters, which need "
+                f"{needed / 2**30:.1f} GiB in training, and {free / 2**30:.1f} GiB are free on {self.device}; lower --growth-params "
                 f"(now {self.run.growth_params:,}), or --growth-chars 0 for no growth"
             )
 
