@@ -4,9 +4,9 @@
     python bench/continual.py forgetting       # three texts in a row: nothing, replay, elastic penalty, both
     python bench/continual.py forgetting --steps 50 --seeds 1    # faster, and less to see
 
-The texts are at hand with every interpreter: the language manual (pydoc's topics), the source of argparse, and a list of
-accented letters with their Unicode names, whose characters make the vocabulary grow beyond its rows. The
-last line is JSON; --save appends it to bench/results/continual.jsonl.
+The texts are at hand with every interpreter: the language manual (pydoc's topics), the source of argparse, and accented
+letters with their Unicode names, whose characters make the vocabulary grow beyond its rows. Last line: JSON, which
+--save appends to bench/results/continual.jsonl.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ def test_a_file_is_read_back_and_a_changed_one_refused(tmp_path):
     assert CharTokenizer.load(tmp_path / "t.json").characters == tokenizer.characters
     text = (tmp_path / "t.json").read_text(encoding="utf-8")
     (tmp_path / "t.json").write_text(text.replace("\u03b2", "\u03b3"), encoding="utf-8")
-    with pytest.raises(ValueError, match="was changed.*hrm recover"):
+    with pytest.raises(ValueError, match=r"was changed.*hrm recover"):
         CharTokenizer.load(tmp_path / "t.json")
     (tmp_path / "t.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="is damaged.*hrm recover"):
+    with pytest.raises(ValueError, match=r"is damaged.*hrm recover"):
         CharTokenizer.load(tmp_path / "t.json")
 
 

@@ -102,7 +102,8 @@ class Lesson:
 
     def layer_plan(self) -> LayerPlan:
         """Layers that come before this text."""
-        return self.options.growth.plan(self.config_before() or self.options.model_config(), self.growths)
+        shape = read_json(Path(self.options.config)) if self.options.config else None
+        return self.options.growth.plan(self.config_before() or self.options.model_config(shape), self.growths)
 
     def plan(self) -> str:
         """What would happen, for --dry-run."""
@@ -178,8 +179,8 @@ class ContinualTraining(Training):
         if free is not None and needed > free:
             raise ValueError(
                 f"growing by {layers} makes {model.num_parameters() + layers.parameters:,} parameters, which need "
-                f"{needed / 2**30:.1f} GiB in training, and {free / 2**30:.1f} GiB are free on {self.device}; lower --growth-params "
-                f"(now {self.run.growth_params:,}), or --growth-chars 0 for no growth"
+                f"{needed / 2**30:.1f} GiB in training, and {free / 2**30:.1f} GiB are free on {self.device}; "
+                f"lower --growth-params (now {self.run.growth_params:,}), or --growth-chars 0 for no growth"
             )
 
     def _open_data(self) -> StageData:
