@@ -289,18 +289,39 @@ def test_what_was_written_after_the_last_save_is_cut_off(tmp_path, sources):
     assert contents(tmp_path / "cut" / "prose") == contents(tmp_path / "whole" / "prose")
 
 
-@pytest.mark.parametrize("damage", ["state", "shard"])
+def _shift_cursor(work):
+    state = json.loads((work / "state.json").read_text())
+    state["state"]["cursor"]["after"]["next"] = 3  # one changed digit: documents would come twice
+    (work / "state.json").write_text(json.dumps(state))
+
+
+def _zero(file):
+    data = file.read_bytes()
+    file.write_bytes(data[:10] + bytes(20) + data[30:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda work: (work / "state.json").write_text("{"),
+        _shift_cursor,
+        lambda work: (work / "dataset" / "train-00000.bin").unlink(),
+        lambda work: _zero(work / "dataset" / "train-00000.bin"),  # full
+        lambda work: _zero(sorted(work.glob("dataset/train-*.bin"))[-1]),  # begun
+    ],
+    ids=["state cut", "cursor altered", "shard gone", "full shard zeroed", "begun shard zeroed"],
+)
 def test_unfinished_work_that_is_damaged_is_an_error_that_overwrite_repairs(tmp_path, sources, damage):
+    options = {"only": ["prose"], "shard_tokens": 900}
+    failing = {"prose": Memory(sources["prose"].texts, [(30, ValueError("x"))])}
     with pytest.raises(CorpusError):
-        prepare(tmp_path, {"prose": Memory(sources["prose"].texts, [(30, ValueError("x"))])}, only=["prose"])
-    if damage == "state":
-        (work_of(tmp_path / "prose") / "state.json").write_text("{")
-    else:
-        (work_of(tmp_path / "prose") / "dataset" / "train-00000.bin").unlink()
+        prepare(tmp_path, failing, **options)
+    assert len(list(work_of(tmp_path / "prose").glob("dataset/train-*.bin"))) > 1
+    damage(work_of(tmp_path / "prose"))
     with pytest.raises(ShardError, match=r"unfinished work for .*prose is damaged .*--overwrite"):
-        prepare(tmp_path, sources, only=["prose"])
-    prepare(tmp_path, sources, only=["prose"], overwrite=True)
-    prepare(tmp_path / "whole", sources, only=["prose"])
+        prepare(tmp_path, sources, **options)
+    prepare(tmp_path, sources, overwrite=True, **options)
+    prepare(tmp_path / "whole", sources, **options)
     assert contents(tmp_path / "prose") == contents(tmp_path / "whole" / "prose")
 
 

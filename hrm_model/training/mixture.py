@@ -24,7 +24,7 @@ from . import hub, mixture_summary
 from .corpora import MIXTURES, Corpus, CorpusError, budgets, check_names, chosen
 from .documents import Documents, LocalDocuments
 from .mixture_books import Books, marked, new_state
-from .partial import PartialDataset, damaged, discard, read_state, work_of
+from .partial import PartialDataset, discard, read_state, work_of
 from .retry import Backoff, PatientReader, patiently
 from .shards import FORMAT_VERSION, MANIFEST, SHARD_TOKENS, TOKEN, ShardError, check_output, open_dataset
 from .tokenise import default_workers, encoded
@@ -223,10 +223,10 @@ class _Job:
                 return open_dataset(self.out).manifest.get("options", {})
             content = read_state(self.out)
             return content and content["state"]["identity"]
-        except (ShardError, KeyError, TypeError) as error:
+        except ShardError:
             if overwrite:
                 return None
-            raise error if isinstance(error, ShardError) else damaged(self.out, repr(error)) from error
+            raise
 
     def _finished(self, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
         """The entry of a dataset that is there; None when it is to be replaced. Raises ShardError."""
@@ -246,13 +246,13 @@ class _Job:
     def _check_work(self, identity: dict[str, Any], overwrite: bool) -> None:
         """Unfinished work has to be of the same inputs and options; else it is an error, or discarded."""
         try:
-            content = read_state(self.out)
+            content = read_state(self.out, verify=True)
         except ShardError:
             if not overwrite:
                 raise
             discard(self.out)
             return
-        begun = content and content["state"].get("identity", {})
+        begun = content and content["state"]["identity"]
         if content is None or begun == identity:
             return
         if not overwrite:
