@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from http.client import IncompleteRead
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mixture_helpers import COMMIT, Memory, contents, impatient, jsonl, prepare, some_texts, write
 
@@ -92,6 +94,45 @@ def test_a_file_that_was_cut_is_an_error_that_names_it(tmp_path, layout):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     with pytest.raises(CorpusError, match=rf"prose: .*a{layout}.* is damaged .*fetch the file again"):
         list(LocalDocuments(CORPUS, [tmp_path]).read({}))
+
+
+@pytest.mark.parametrize("layout", [".jsonl.gz", ".json.zst"])
+def test_a_packed_file_without_a_byte_is_damaged(tmp_path, layout):
+    needs(layout)
+    write(tmp_path / f"a{layout}", [])
+    assert list(LocalDocuments(CORPUS, [tmp_path]).read({})) == []  # no text takes some bytes
+    (tmp_path / f"a{layout}").write_bytes(b"")
+    with pytest.raises(CorpusError, match=rf"a{layout}:1 is damaged \(it is empty\)"):
+        list(LocalDocuments(CORPUS, [tmp_path]).read({}))
+
+
+def test_memory_does_not_follow_how_well_a_file_was_packed(tmp_path):
+    needs(".zst")
+    write(tmp_path / "a.jsonl.zst", ["x" * 1_000_000] * 200)
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 30_000
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in LocalDocuments(CORPUS, [tmp_path]).read({})) == 200
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_of_a_parquet_file_are_read_by_their_size(tmp_path):
+    needs(".parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    # Random, as otherwise the column's size in the file says nothing about the texts'.
+    texts = [np.random.default_rng(i).bytes(1_000_000).hex() for i in range(40)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", write_batch_size=1)
+    before = pyarrow.total_allocated_bytes()
+    seen = [
+        (text == texts[number], pyarrow.total_allocated_bytes() - before)
+        for number, text in LocalDocuments(CORPUS, [tmp_path]).read({})
+    ]
+    assert len(seen) == 40 and all(same for same, _ in seen)
+    assert max(n_bytes for _, n_bytes in seen) < 50_000_000  # all of them take 80
 
 
 @pytest.mark.parametrize("line", [b"{broken", b'["a list"]', b"\xff\xfe{}", b"[" * 100_000])
