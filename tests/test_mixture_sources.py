@@ -318,6 +318,14 @@ def test_a_revision_that_was_begun_with_is_kept(tmp_path):
     assert manifest["source"]["revision"] == COMMIT
 
 
+def test_another_repository_is_not_read_at_the_commit_of_the_one_before(tmp_path):
+    first = Corpus("prose", "somebody/prose", None, "text", 500, revision=COMMIT)
+    second = Corpus("prose", "somebody/else", None, "text", 500, revision="f" * 40)
+    prepare(tmp_path, {"prose": Memory(some_texts(100))}, [first])
+    summary = prepare(tmp_path, {"prose": Memory(some_texts(100))}, [second], overwrite=True)
+    assert [entry["revision"] for entry in summary["corpora"]] == ["f" * 40]
+
+
 def test_without_the_library_one_line_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['datasets'] = None; from train.prepare import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--mixture", "published", "--out", str(tmp_path / "out")]
@@ -334,6 +342,8 @@ def test_neither_network_nor_library_is_needed_for_what_is_finished(tmp_path, mo
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     prepare_mixture(tmp_path, [corpus])
     assert "prose is up to date" in capsys.readouterr().err
+    with pytest.raises(CorpusError, match="needs the package datasets: pip install"):
+        prepare_mixture(tmp_path, [corpus], seed=1, overwrite=True)
 
 
 def test_files_in_place_of_the_hub_are_other_inputs(tmp_path):

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,11 +209,11 @@ class _Job:
         """The commit that an earlier run began or finished with, unless another is asked for; else the hub's now."""
         asked = self._pinned or self.corpus.revision
         before = self._before(overwrite)
-        known = before and before.get("revision")
-        if before and before.get("source") != source and not overwrite:
-            return known  # what differs is about to be said
-        if known and self._pinned in (None, known):
-            return known
+        if before and before.get("source") != source:
+            if not overwrite:
+                return before.get("revision")  # what differs is about to be said
+        elif before and self._pinned in (None, before["revision"]):
+            return before["revision"]
         return patiently(lambda: hub.resolve_revision(self.corpus, asked), self.corpus, backoff)
 
     def _before(self, overwrite: bool) -> dict[str, Any] | None:
@@ -240,7 +240,9 @@ class _Job:
             if overwrite:
                 return None
             raise _differs(f"{self.out} was made with", manifest.get("options", {}), identity)
-        shutil.rmtree(work_of(self.out), ignore_errors=True)  # of a process killed right after the rename
+        if not (work_of(self.out) / "dataset").exists():  # else it is work on another one, which is to replace this
+            with suppress(ShardError):  # a process about to leave does the same
+                discard(self.out)  # of one that was killed right after the rename
         return self._entry(manifest, True, None, None)
 
     def _check_work(self, identity: dict[str, Any], overwrite: bool) -> None:

@@ -175,6 +175,8 @@ def _locked(path: Path, out: Path) -> Any:
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise FileNotFoundError("the one who had it has finished and removed it")
     except OSError as error:
         file.close()
         raise ShardError(f"another process is preparing {out}; wait for it, or choose another --out") from error

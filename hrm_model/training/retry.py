@@ -93,7 +93,7 @@ class PatientReader:
     After an error it reads from the last cursor that position() returned, and leaves out what it has given already:
     where a source stands after an error is not relied on.
 
-    Attributes: retries, failures that were overcome.
+    Attributes: retries, how often reading was taken up again.
 
     Iterating raises CorpusError for an error that lasts, or after too many in a row.
     """
@@ -119,8 +119,8 @@ class PatientReader:
                 return
             except Exception as error:
                 failures += 1
-                self.retries += 1
                 _wait(error, failures, f"at document {self._number:,}", self._corpus, self._backoff)
+                self.retries += 1
 
     def position(self) -> Cursor:
         """Where to go on after the last document that was given."""
