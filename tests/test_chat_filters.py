@@ -187,6 +187,14 @@ def test_trees_become_conversations_along_the_best_ranked_english_replies():
     assert problems == ["tree unanswered: there is no answer in it"]
 
 
+def test_trees_of_damaged_data_end():
+    def row(name, parent, role):
+        return {"message_id": name, "parent_id": parent, "role": role, "text": role, "lang": "en"}
+
+    rows = [row("q", None, "prompter"), row("q", "q", "assistant")]  # a message that answers itself
+    assert list(oasst_conversations(rows, print)) == [turns("prompter", "assistant")]
+
+
 # --- lengths --------------------------------------------------------------------------------------
 
 
@@ -214,6 +222,20 @@ def test_a_long_conversation_is_split_at_turns_as_many_in_a_part_as_fit(system):
     fitted = fit([*head, *talk], TOKENIZER, 80)
     assert fitted.rows == [tuple(encode(part, TOKENIZER)) for part in parts]
     assert len(parts) > 1 and fitted.cut == fitted.dropped == 0
+
+
+def test_the_work_of_a_split_does_not_grow_with_the_first_turn_times_the_others():
+    class Counting:
+        eot, chars = TOKENIZER.eot, 0
+
+        def encode(self, text):
+            self.chars += len(text)
+            return TOKENIZER.encode(text)
+
+    messages = turns("word " * 4000, "a", *(f"text {i}" for i in range(60)))
+    counting = Counting()
+    assert fit(messages, counting, 100) == fit(messages, TOKENIZER, 100)
+    assert counting.chars < 4 * 20_000  # once as a whole, once alone; what it stands before is short
 
 
 def test_an_answer_too_long_alone_loses_its_end_and_no_loss_looks_at_where_it_ends():

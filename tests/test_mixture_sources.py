@@ -213,6 +213,8 @@ def test_it_is_given_up_after_a_number_of_attempts_and_goes_on_later(tmp_path):
     with pytest.raises(CorpusError, match="at document 90: gave up after 12 attempts: ConnectionError: down; the same"):
         prepare(tmp_path / "cut", {"prose": source}, [CORPUS], val_fraction=0.1, backoff=impatient(slept))
     assert slept == [0.75 * min(120, 2**n) for n in range(11)]
+    (state,) = tmp_path.glob("cut/.prose.partial/state.json")
+    assert json.loads(state.read_text())["state"]["retries"] == 11
     again = Memory(texts)
     prepare(tmp_path / "cut", {"prose": again}, [CORPUS], val_fraction=0.1)
     prepare(tmp_path / "whole", {"prose": Memory(texts)}, [CORPUS], val_fraction=0.1)
