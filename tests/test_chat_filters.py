@@ -254,6 +254,14 @@ def test_a_question_too_long_alone_is_left_out():
     assert fit(turns("long " * 100, "a"), TOKENIZER, 60) == ([], 0, 1)
 
 
+def test_marks_belong_to_the_word_that_they_stand_in():
+    keep = Filter(["कम", "म"])
+    assert keep.reason(turns("a", "यह कम है"))[0] == "word 'कम'"
+    assert not keep.reason(turns("b", "कमी है"))  # a vowel sign after it
+    assert not keep.reason(turns("c", "कीम"))  # and before it
+    assert keep.reason(turns("d", "कमी कम"))[0] == "word 'कम'"  # one further on
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=10), st.integers(35, 90))
 def test_rows_fit_and_every_turn_is_accounted_for(sizes, block_size):

@@ -43,9 +43,9 @@ class Backoff:
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a little later.
 
-    A status decides where there is one: 408, 429 and 5xx pass, other ones last. Then the kind: connections, timeouts
-    and most operating system errors pass; what is not found, not allowed or does not fit on the disk lasts. The first
-    in the chain of causes that says something decides.
+    A status decides where there is one: 408, 425, 429 and 5xx pass, other ones last. Then the kind: connections,
+    timeouts and most operating system errors pass; what is not found, not allowed or does not fit on the disk lasts.
+    The first in the chain of causes that says something decides.
     """
     seen: BaseException | None = error
     for _ in range(10):
