@@ -96,6 +96,17 @@ def test_a_file_that_was_cut_is_an_error_that_names_it(tmp_path, layout):
         list(LocalDocuments(CORPUS, [tmp_path]).read({}))
 
 
+def test_a_parquet_file_whose_text_is_not_utf8_is_damaged(tmp_path):
+    needs(".parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet is damaged \('utf-8' codec can't decode"):
+        list(LocalDocuments(CORPUS, [tmp_path]).read({}))
+
+
 @pytest.mark.parametrize("layout", [".jsonl.gz", ".json.zst"])
 def test_a_packed_file_without_a_byte_is_damaged(tmp_path, layout):
     needs(layout)

@@ -116,7 +116,7 @@ class LocalDocuments:
                         skip = max(0, skip - batch.num_rows)
                         for value in values:
                             yield value if isinstance(value, str) else None
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowInvalid, UnicodeDecodeError, OSError) as error:
             if getattr(error, "errno", None) is not None:  # of the operating system; without one, of damaged pages
                 raise
             raise self._damaged(str(file), error) from error
