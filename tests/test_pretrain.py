@@ -354,8 +354,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, capsys
     assert not (tmp_path / "run" / "checkpoints" / "step-00000002").exists()
 
 
-def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(flags, tmp_path):
+def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(small_dataset, small_model, tmp_path):
     """The file size limit stands for a full disk: the write of the weights fails in the middle."""
+    flags = short_run(small_dataset, small_model, tmp_path / "run")
     resource = pytest.importorskip("resource")
     assert main(flags) == 0
     earlier, last = weights(tmp_path / "run", 6), weights(tmp_path / "run", 8)
@@ -424,10 +425,10 @@ def test_bad_options_are_named_and_nothing_is_made(flags, tmp_path, capsys, extr
 
 
 def test_a_model_whose_vocabulary_is_too_small_for_the_data_is_refused(flags, tiny_model, tmp_path, capsys):
-    shape = json.loads(tiny_model.read_text()) | {"vocab_size": 300}
+    shape = json.loads(tiny_model.read_text()) | {"vocab_size": 50}
     (tmp_path / "small.json").write_text(json.dumps(shape))
     assert main([*flags, "--config", str(tmp_path / "small.json")]) == 1
-    assert "vocab_size 300" in capsys.readouterr().err
+    assert "vocab_size 50" in capsys.readouterr().err
 
 
 def test_an_impossible_model_lists_its_faults(flags, tiny_model, tmp_path, capsys):
