@@ -262,7 +262,6 @@ class _Job:
         discard(self.out)
 
     def _about(self, identity: dict[str, Any], books: Books) -> dict[str, Any]:
-        tokenizer = get_tokenizer()
         source = {"mixture": self._mixture, "name": self.corpus.name}
         if self._documents is None:
             source |= {**self.corpus.describe(), "revision": identity["revision"]}
@@ -270,12 +269,7 @@ class _Job:
             source |= {"kind": "local", "paths": self._documents.paths, "sha256": self._documents.fingerprint}
         total, val = books.split.total, books.split.tokens["val"]
         return {
-            "tokenizer": {
-                "name": tokenizer.name,
-                "sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.n_vocab,
-                "eot": tokenizer.eot,
-            },
+            "tokenizer": get_tokenizer().describe(),
             "source": source,
             "options": identity,
             "fingerprint": _fingerprint(identity),
