@@ -24,6 +24,10 @@ DROPOUT_STREAM = 7
 ROW_STREAM = 8
 """Of dataset d in a mixture of conversations: ROW_STREAM + 256 d."""
 BATCH_STREAM = 9
+REPLAY_STREAM = 31
+"""Which stored sequences of earlier texts come back."""
+MARKOV_STREAM = 32
+"""What a Markov chain writes."""
 PHRASE_STREAM = 10
 """What an identity's questions and answers are composed of."""
 

@@ -23,6 +23,7 @@ from hrm_model.cli import COMMANDS
 from hrm_model.cli import main as hrm_main
 from hrm_model.training.flags import field_docs
 from hrm_model.training.recipes import TrainConfig
+from train.continual import main as continual_main
 from train.halting import main as halting_main
 from train.identity import main as identity_main
 from train.prepare import main as prepare_main
@@ -58,7 +59,7 @@ def test_every_module_of_the_packages_is_in_its_map():
 def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         prepare_main(["--help"])
-    fits = identity_main, halting_main, halting_tasks_main, halting_text_main, soak_main
+    fits = continual_main, identity_main, halting_main, halting_tasks_main, halting_text_main, soak_main
     for command in (generate_main, hrm_step_main, ops_main, offline_main, *fits):
         with pytest.raises(SystemExit):
             command(["--help"])

@@ -11,10 +11,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from itertools import accumulate
 
-from ..keyed import keyed_uniform
-
-MARKOV_STREAM = 128 + 13
-"""Of its draws; the sample number is the character's."""
+from ..keyed import MARKOV_STREAM, keyed_uniform
 
 
 class Markov:

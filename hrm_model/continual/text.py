@@ -84,10 +84,9 @@ def store(text: Text, tokenizer: CharTokenizer, out: Path) -> Dataset:
     with DatasetWriter(out, overwrite=True) as writer:
         writer.append("train", ids[: text.n_train], documents=1)
         writer.append("val", ids[text.n_train :], documents=1)
-        about = {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.n_vocab, "eot": 0}
         return writer.commit(
             {
-                "tokenizer": about,
+                "tokenizer": tokenizer.describe(),
                 "source": {"paths": [text.path], "sha256": text.sha256},
                 "options": {},
                 "fingerprint": fingerprint,

@@ -60,6 +60,10 @@ class CharTokenizer:
         """Of the characters in their order."""
         return hashlib.sha256(self.characters.encode("utf-8")).hexdigest()
 
+    def describe(self) -> dict[str, str | int]:
+        """What a dataset's manifest says of it."""
+        return {"name": self.name, "sha256": self.sha256, "vocab_size": self.n_vocab, "eot": self.eot}
+
     def grown(self, text: str) -> CharTokenizer:
         """This tokenizer with the characters of `text` that it lacks, after its own. Raises ValueError beyond MOST."""
         return CharTokenizer(self.characters + "".join(sorted(set(text) - self._ids.keys())))

@@ -15,11 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..keyed import ROW_STREAM, WINDOW_STREAM, keyed_words, scaled
+from ..keyed import REPLAY_STREAM, WINDOW_STREAM, keyed_words, scaled
 from ..training.batch import Batch
-
-REPLAY_STREAM = ROW_STREAM + 128
-"""Beside those of conversations' datasets, which are ROW_STREAM + 256 d."""
 
 
 class TextWindows:
