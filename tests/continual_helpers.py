@@ -48,7 +48,9 @@ class Classroom:
         given = dict(
             recipe="tiny", text=path, models=str(self.folder / "models"), config=str(self.folder / "shape.json")
         )
-        given |= dict(steps=6, batch_size=4, eval_windows=2, log_every=2, sample_tokens=0, save_epochs=0.001)
+        given |= dict(
+            steps=6, batch_size=4, eval_windows=2, log_every=2, sample_tokens=0, save_epochs=0.001, eval_epochs=9.0
+        )
         return given | dict(growth_chars=0, on_interrupt="pause") | more
 
     def learn(self, text: str, **more) -> int:

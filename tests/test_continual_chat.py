@@ -6,21 +6,19 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
-import time
+import sys
+from pathlib import Path
 
 import pytest
 from continual_helpers import ENGLISH, Classroom
 
 from hrm_model import load_model
 from hrm_model.cli import main as hrm
-from hrm_model.continual import settings_window
 from hrm_model.continual.analysis import Reference
 from hrm_model.continual.chat import ContinualSession
 from hrm_model.continual.markov import Markov
 from hrm_model.continual.modes import cycles, ends_naturally
-from hrm_model.continual.options import ContinualConfig
 from hrm_model.continual.store import ModelDirectory
 from hrm_model.continual.trace import trace
 
@@ -29,7 +27,7 @@ from hrm_model.continual.trace import trace
 def room(tmp_path_factory) -> Classroom:
     """A model that learned a text of few sentences well enough to have words."""
     room = Classroom(tmp_path_factory.mktemp("chat"))
-    assert room.learn("english", steps=150, batch_size=8, lr=1e-2, min_lr=1e-3, log_every=50) == 0
+    assert room.learn("english", steps=150, batch_size=8, lr=1e-2, min_lr=1e-3, log_every=50, save_epochs=9.0) == 0
     return room
 
 
@@ -219,62 +217,40 @@ def test_the_command_shows_and_draws_configurations_side_by_side(room, capsys, t
 
 
 @pytest.fixture
-def display(monkeypatch):
-    """A display that nobody looks at."""
+def on_a_display():
+    """Runs a step of settings_window_steps.py on a display that nobody looks at; its output."""
     pytest.importorskip("tkinter")
     if not shutil.which("Xvfb"):
         pytest.skip("no Xvfb: apt install xvfb")
     reader, writer = os.pipe()
-    server = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(writer), "-screen", "0", "640x480x24"], pass_fds=[writer], stderr=subprocess.DEVNULL
-    )
+    command = ["Xvfb", "-displayfd", str(writer), "-screen", "0", "640x480x24"]
+    server = subprocess.Popen(command, pass_fds=[writer], stderr=subprocess.DEVNULL)
     os.close(writer)
     with os.fdopen(reader) as file:
         number = file.readline().strip()
-    if not number:
-        pytest.skip("Xvfb did not start")
-    monkeypatch.setenv("DISPLAY", f":{number}")
-    yield
-    server.send_signal(signal.SIGTERM)
+    assert number, "Xvfb did not start"
+
+    def run(*step: str) -> str:
+        script = Path(__file__).with_name("settings_window_steps.py")
+        done = subprocess.run(
+            [sys.executable, str(script), *step], env=os.environ | {"DISPLAY": f":{number}"}, capture_output=True,
+            text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    yield run
+    server.terminate()
     server.wait(timeout=20)
 
 
-def test_the_window_takes_settings_and_says_what_is_wrong(display, room):
-    import tkinter
-
-    root = tkinter.Tk()
-    window = settings_window.SettingsWindow(root, {"models": "m"})
-    assert window.values["epochs"].get() == "3" and window.values["batch_size"].get() == "16"
-    window.start.invoke()
-    assert "no text is chosen" in window.message.get() and window.result is None
-    window.text.set(str(room.folder / "english.txt"))
-    window.values["epochs"].set("many")
-    window.start.invoke()
-    assert "Epochs 'many' is not a number" in window.message.get()
-    window.values["epochs"].set("1.5")
-    window.values["batch_size"].set("0")
-    window.start.invoke()
-    assert "--batch-size 0 is below" in window.message.get()
-    window.values["batch_size"].set("8")
-    window.tiny.set(True)
-    root.update()
-    window.start.invoke()
-    assert window.result["epochs"] == 1.5 and window.result["batch_size"] == 8 and window.result["models"] == "m"
-    assert ContinualConfig.of_recipe(**window.result).steps == 0
+def test_the_window_takes_settings_and_says_what_is_wrong(on_a_display, tmp_path):
+    (tmp_path / "english.txt").write_text(ENGLISH, encoding="utf-8")
+    assert "as expected" in on_a_display("settings", str(tmp_path / "english.txt"))
 
 
-def test_the_window_is_cancelled_and_leaves_nothing(display, monkeypatch, capsys):
-    from train.continual import main
-
-    class Cancelled(settings_window.SettingsWindow):
-        def __init__(self, root, given):
-            super().__init__(root, given)
-            root.after(50, self.cancel.invoke)
-
-    monkeypatch.setattr(settings_window, "SettingsWindow", Cancelled)
-    began = time.monotonic()
-    assert main(["--gui"]) == 0
-    assert "nothing was chosen" in capsys.readouterr().out and time.monotonic() - began < 30
+def test_the_window_is_cancelled_and_leaves_nothing(on_a_display):
+    assert on_a_display("cancelled").splitlines() == ["nothing was chosen", "as expected"]
 
 
 def test_without_a_display_the_way_out_is_named(monkeypatch, capsys):

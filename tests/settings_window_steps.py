@@ -1,0 +1,56 @@
+"""What tests do with the settings window, in a process of its own: Xlib ends a process whose display goes away.
+
+python tests/settings_window_steps.py settings TEXT | cancelled
+"""
+
+from __future__ import annotations
+
+import sys
+import tkinter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hrm_model.continual import settings_window
+from hrm_model.continual.options import ContinualConfig
+from train.continual import main
+
+
+def settings(text: str) -> None:
+    """Wrong values are said in the window, right ones become flags."""
+    root = tkinter.Tk()
+    window = settings_window.SettingsWindow(root, {"models": "m"})
+    assert window.values["epochs"].get() == "3" and window.values["batch_size"].get() == "16"
+    window.start.invoke()
+    assert "no text is chosen" in window.message.get() and window.result is None
+    window.text.set(text)
+    window.values["epochs"].set("many")
+    window.start.invoke()
+    assert "Epochs 'many' is not a number" in window.message.get()
+    window.values["epochs"].set("1.5")
+    window.values["batch_size"].set("0")
+    window.start.invoke()
+    assert "--batch-size 0 is below" in window.message.get()
+    window.values["batch_size"].set("8")
+    window.tiny.set(True)
+    root.update()
+    window.start.invoke()
+    assert window.result["epochs"] == 1.5 and window.result["batch_size"] == 8 and window.result["models"] == "m"
+    assert ContinualConfig.of_recipe(**window.result).steps == 0
+
+
+def cancelled() -> None:
+    """The command ends without having done anything."""
+
+    class Cancelled(settings_window.SettingsWindow):
+        def __init__(self, root, given):
+            super().__init__(root, given)
+            root.after(50, self.cancel.invoke)
+
+    settings_window.SettingsWindow = Cancelled
+    assert main(["--gui"]) == 0
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    print("as expected")
