@@ -98,14 +98,17 @@ def lesson(folder: Path, model: str, text: str, *flags: str) -> float:
 
 def words(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Scores of a model of one text, and what growing does to its logits."""
-    seconds = lesson(folder, "words", "manual", *(["--steps", str(args.steps)] if args.steps else []))
     directory = ModelDirectory(folder / "models" / "words")
+    there, cpu = directory.has_checkpoint(), time.process_time()
+    seconds = lesson(folder, "words", "manual", *(["--steps", str(args.steps)] if args.steps else []))
+    cpu = time.process_time() - cpu
     model, config = load_model(directory.path)
     tokenizer, history = directory.tokenizer(), directory.history()
     content = (folder / "manual.txt").read_text(encoding="utf-8")
     found: dict[str, Any] = {
         "parameters": model.num_parameters(), "characters": len(content), "steps": history.texts[-1].steps,
-        "training_seconds": round(seconds), "val_loss": history.texts[-1].val_loss, "scores": {},
+        "training_seconds": None if there else round(seconds), "training_cpu_seconds": None if there else round(cpu),
+        "val_loss": history.texts[-1].val_loss, "scores": {},
     }  # fmt: skip
     for temperature in (1.0, 0.8):
         options = argparse.Namespace(length=args.length, samples=4, temperature=temperature, order=3, seed=0)

@@ -16,6 +16,8 @@ from ..model import HRMForCausalLM
 from ..sharded import read_whole
 from ..tensors import apply_optimizer, check_optimizer, unpack_optimizer
 from ..training.batch import ValidationRows
+from ..training.device import autocast
+from ..training.evaluation import Evaluation
 from ..training.loop import EXIT_INTERRUPTED, Training
 from ..training.sampler import validation_windows
 from ..training.shards import Dataset, open_dataset
@@ -156,6 +158,9 @@ class ContinualTraining(Training):
         else:
             model, _ = load_model(lesson.directory.checkpoint(), self.device)
             self._check_kept(model.config)
+            missing = len(lesson.history.texts) - 1 - len(lesson.history.losses)
+            if missing:  # the last text was paused and is now over: what the model knew when it was
+                lesson.history.losses.append(self._losses(model, lesson.history.texts[:-1]))
         layers = lesson.layer_plan()
         self._check_memory(model, layers)
         if lesson.growths:
@@ -197,7 +202,7 @@ class ContinualTraining(Training):
             self.old, run.replay,
         )  # fmt: skip
         run.resolve_steps(windows.steps_per_epoch)
-        return StageData([dataset], windows, [("", self._validation(dataset), 1.0)])
+        return StageData([dataset], windows, [("", self._validation(dataset, self.config), 1.0)])
 
     def _earlier(self) -> list[np.ndarray]:
         """Stored samples of each text before this one."""
@@ -205,11 +210,10 @@ class ContinualTraining(Training):
         found = [read_samples(self.lesson.directory.samples(n, t.name)) for n, t in enumerate(texts, 1)]
         return [rows[:, : self.run.seq_length + 1] for rows in found]
 
-    def _validation(self, dataset: Dataset) -> Validation:
-        rows = ValidationRows(
-            *validation_windows([dataset], self.run.seq_length, self._windows_of(dataset), self.config.vocab_size), None
-        )
-        vocab_size = self.config.n_chars  # a spare row is no character that counting could expect
+    def _validation(self, dataset: Dataset, config: HRMConfig) -> Validation:
+        windows = validation_windows([dataset], self.run.seq_length, self._windows_of(dataset), config.vocab_size)
+        rows = ValidationRows(*windows, None)
+        vocab_size = config.n_chars  # a spare row is no character that counting could expect
         return Validation(rows, [dataset.split("train")], vocab_size, self.tokenizer.token_bytes())
 
     def _windows_of(self, dataset: Dataset) -> int:
@@ -288,7 +292,7 @@ class ContinualTraining(Training):
         lesson, history = self.lesson, self.lesson.history
         if lesson.entry.status != status:
             lesson.entry.status = status
-            history.losses.append([self.loss_on(n, t.name) for n, t in enumerate(history.texts, 1)])
+            history.losses.append(self._losses(self.model, history.texts))
             self._save()
             lesson.directory.link("main", self.saved)
         names = [f"{n}. {t.name}" for n, t in enumerate(history.texts, 1)]
@@ -298,9 +302,13 @@ class ContinualTraining(Training):
             self._say("loss on each text's validation split:\n" + forgetting.table(names, rows))
         self._say(f"model      {lesson.directory.path} (latest, best, main)")
 
-    def loss_on(self, number: int, name: str) -> float:
-        """Nats per character on the validation split of text `number` (from 1), at the depth that the model uses."""
-        dataset = open_dataset(self.lesson.directory.data(number, name), verify=True)
-        own = self.evaluation.own_depth
-        reading = self._validation(dataset).read(self.model, self.run.batch_size, self.evaluation._region)
-        return reading.loss(reading.executed(rule="head" if own is None else f"fixed:{own}"))
+    def _losses(self, model: HRMForCausalLM, texts: list[Seen]) -> list[float]:
+        """Nats per character on each text's validation split, at the depth that the model uses."""
+        own = Evaluation(self.run, model, [], self.dtype).own_depth
+        rule, found = "head" if own is None else f"fixed:{own}", []
+        for number, text in enumerate(texts, 1):
+            dataset = open_dataset(self.lesson.directory.data(number, text.name), verify=True)
+            validation = self._validation(dataset, model.config)
+            reading = validation.read(model, self.run.batch_size, lambda: autocast(self.device, self.dtype))
+            found.append(reading.loss(reading.executed(rule=rule)))
+        return found
