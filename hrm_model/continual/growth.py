@@ -46,8 +46,13 @@ class GrowthRule:
         each = layer_parameters(config)
         n = growths * max(1, self.params // each)
         first = config.hrm_L_grown + config.hrm_H_grown
-        levels = "".join(self.order[i % len(self.order)] for i in range(first, first + n))
-        return LayerPlan(levels.count("L"), levels.count("H"), each)
+        L = self._L_before(first + n) - self._L_before(first)
+        return LayerPlan(L, n - L, each)
+
+    def _L_before(self, n: int) -> int:
+        """L's layers among the first n of the endless order."""
+        whole, rest = divmod(n, len(self.order))
+        return whole * self.order.count("L") + self.order[:rest].count("L")
 
 
 @dataclass(frozen=True)
