@@ -20,7 +20,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, embedding_apart: boo
         apart = embedding_apart and name == "wte.weight"
         (head if "q_head" in name else embedding if apart else decayed if is_matrix else plain).append(p)
     groups = {"decayed": (decayed, weight_decay), "plain": (plain, 0.0), "head": (head, 0.0)}
-    groups["embedding"] = embedding, 0.0
+    if embedding_apart:
+        groups["embedding"] = embedding, 0.0
     return [{"name": name, "params": parameters, "weight_decay": decay} for name, (parameters, decay) in groups.items()]
 
 
