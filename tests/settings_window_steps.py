@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tkinter
 from pathlib import Path
+from tkinter import filedialog
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,7 +24,9 @@ def settings(text: str) -> None:
     assert window.values["epochs"].get() == "3" and window.values["batch_size"].get() == "16"
     window.start.invoke()
     assert "no text is chosen" in window.message.get() and window.result is None
-    window.text.set(text)
+    filedialog.askopenfilename = lambda **options: text
+    window.browse.invoke()
+    assert window.text.get() == text
     window.values["epochs"].set("many")
     window.start.invoke()
     assert "Epochs 'many' is not a number" in window.message.get()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -160,6 +161,19 @@ def test_stopped_the_text_is_over_and_the_next_one_goes_on(room):
     assert (history.texts[0].status, history.texts[0].steps, len(history.losses)) == ("stopped", 4, 1)
     assert room.learn("greek") == 0
     assert [t.status for t in ModelDirectory(room.model()).history().texts] == ["stopped", "learned"]
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), (("2", "stopped", 0), ("1", "learning", EXIT_INTERRUPTED)))
+def test_at_a_terminal_it_asks_whether_to_pause_or_stop(room, monkeypatch, answer, status, left):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    training = signal_during(room.training("english", on_interrupt="ask"), 4, signal.SIGINT)
+    monkeypatch.setattr("sys.stdin", Terminal(answer + "\n"))
+    assert training() == left
+    assert ModelDirectory(room.model()).history().texts[0].status == status
+    assert (room.model() / "pause").exists() == (answer == "1")
 
 
 def test_another_text_ends_one_that_was_paused(room):
