@@ -27,6 +27,7 @@ from .backend import (
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
 from .packed import PackedWeights, linear, packed_weights
 from .past import NewestTokens, Past, Span, StepPast, Tokens
+from .quantized import embedding, is_narrow, is_quantized, plain
 from .reference import halt_margin, rope, rope_table
 from .transfer import to_device
 from .version import __version__
@@ -52,8 +53,11 @@ __all__ = [
     "choices",
     "current_backend",
     "describe",
+    "embedding",
     "halt_margin",
     "halting",
+    "is_narrow",
+    "is_quantized",
     "linear",
     "linear_cross_entropy",
     "packed_weights",
@@ -211,6 +215,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not match, or an unknown reduction.
     """
+    w = plain(w, x.dtype)
     checks.linear_cross_entropy(x, w, targets, reduction)
     return run("linear_cross_entropy", x, w, targets, ignore_index, reduction, z_loss)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import Block, Linear, ReasoningBlock, RMSNorm
+from .blocks import Block, Embedding, Linear, ReasoningBlock, RMSNorm
 from .config import HRMConfig, is_int
 from .core import GRADIENTS, HRMCore, Pasts
 
@@ -53,7 +53,7 @@ class HRMForCausalLM(nn.Module):
     def __init__(self, config: HRMConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         if not config.use_rotary:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.input_blocks = nn.ModuleList(Block(config) for _ in range(config.n_input_layers))
@@ -89,6 +89,11 @@ class HRMForCausalLM(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.wte.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of activations outside autocast: the norms', as other weights may be stored narrower."""
+        return self.ln_f.weight.dtype
 
     @ops.shared_casts()
     def forward(
@@ -189,7 +194,7 @@ class HRMForCausalLM(nn.Module):
     def embed(self, ids_BT: Tensor, positions: Tensor | None = None) -> Tensor:
         """[B, T] ids -> [B, T, C]: token (and learned position) embedding, dropout in training. positions: [T] int64,
         default 0..T-1."""
-        x_BTC = self.wte(ids_BT) * self.config.embed_scale
+        x_BTC = self.wte(ids_BT).to(self.compute_dtype) * self.config.embed_scale
         if not self.config.use_rotary:
             x_BTC = x_BTC + (self.wpe.weight[: ids_BT.shape[1]] if positions is None else self.wpe(positions))
         return F.dropout(x_BTC, self.config.dropout, self.training)
