@@ -4,9 +4,9 @@
                           a = x, or x rounded to 8 bits a token ("dynamic")
 
 torchao's tensors are known by their `tensor_data_names` and asked to `dequantize`; torchao itself is not imported.
-bfloat16 and float16 weights beside float32 activations are of the same kind: widened where they are used. A weight is made plain
-once a forward pass (`shared_casts`), and where a cache decodes, once for as long as that lives (packed.py): without
-AVX-512 torch's products of integers go number by number (docs/quantize.md has the times).
+bfloat16 and float16 weights beside float32 activations are of the same kind: widened where they are used. A weight is
+made plain once a forward pass (`shared_casts`), and where a cache decodes, once for as long as that lives (packed.py):
+without AVX-512 torch multiplies integers number by number (`python bench/quantized.py` prints the times).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Quantised models: which weights are narrower than float32, and torchao's tensors that hold them.
 
-    weights of attention and MLP    int8, a scale for each row; int4, a scale and a zero for each group of a row; fp8 (e4m3),
-                                    a scale for each row; bf16, fp16
+    weights of attention and MLP    int8, a scale for each row; int4, a scale and a zero for each group of a row;
+                                    fp8 (e4m3), a scale for each row; bf16, fp16
     embedding, and lm_head          int8, a scale for each token; beside bf16 and fp16 as these; or left in float32
     halting head, norms, biases,    float32: they decide how deep a row goes, or take no room
     initial states, learned positions
@@ -117,7 +117,7 @@ def quantize(model: nn.Module, how: Quantization) -> None:
     model.eval().requires_grad_(False)
     with torch.no_grad():
         for name, linear in linears.items():
-            _quantize_linear(linear, how.kind_of(name), how.dynamic and name not in TIED, how.group_size)
+            quantize_linear(linear, how.kind_of(name), how.dynamic and name not in TIED, how.group_size)
     if model.config.tie_embeddings:
         model.wte.weight = model.lm_head.weight
     elif "wte.weight" in linears:
@@ -146,7 +146,7 @@ def check_machine(how: Quantization, device: torch.device) -> None:
         if device.type != "cuda" or _capability(device) < FLOAT8_GPU:
             raise ValueError(
                 f"fp8 --dynamic multiplies float8 by float8, which needs a CUDA GPU of compute capability "
-                f"{FLOAT8_GPU[0]}.{FLOAT8_GPU[1]} or later; this is {found}: leave --dynamic out, or take int8 --dynamic"
+                f"{FLOAT8_GPU[0]}.{FLOAT8_GPU[1]} or later; this is {found}: leave --dynamic out or take int8 --dynamic"
             )
 
 
@@ -194,7 +194,8 @@ def _lacks(error: Exception) -> str:
 def torchao_tensor(parts: Mapping[str, Tensor], kind: str, dynamic: bool, group_size: int | None) -> Tensor:
     """torchao's tensor of plain parts: q, scale and for int4 zero, of a weight [N, K] of this kind (int8, int4, fp8).
 
-    q: [N, K] int8, int4 as int8 of -8..7, or float8_e4m3fn. scale: float32 [N, 1], or [N, K / group]. zero: int8, as scale.
+    q: [N, K] int8, int4 as int8 of -8..7, or float8_e4m3fn. scale: float32 [N, 1], or [N, K / group]. zero: int8, as
+    scale.
     """
     ao, q, scale, wide = torchao(), parts["q"], parts["scale"], torch.float32
     if kind == "int8":
@@ -229,7 +230,8 @@ def _check_weight(name: str, weight: Tensor, kind: str) -> None:
         raise ValueError(f"{name} has numbers up to {largest:.3g}, over float16's 65504; take bf16")
 
 
-def _quantize_linear(linear: nn.Linear, kind: str, dynamic: bool, group_size: int | None) -> None:
+def quantize_linear(linear: nn.Linear, kind: str, dynamic: bool, group_size: int | None) -> None:
+    """Replace a layer's weight by one of `kind`."""
     if kind in HALF:
         linear.weight = nn.Parameter(linear.weight.to(HALF[kind]), requires_grad=False)
         return

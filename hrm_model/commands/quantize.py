@@ -165,7 +165,7 @@ def _table(found: dict) -> list[str]:
         numbers(f"prefill, tokens/s ({found['prompt']} tokens)", "prefill_tokens_per_s", ".1f"),
         numbers(f"decoding, tokens/s ({found['new_tokens']} tokens)", "decode_tokens_per_s", ".1f"),
         "",
-        f"{found['positions']:,} positions of held-out text: same likeliest token {found['top1_agreement']:.2%}, mean KL "
-        f"{found['kl_nats']:.6f} nats, same steps {found['step_agreement']:.2%}",
+        f"{found['positions']:,} positions of held-out text: same likeliest token {found['top1_agreement']:.2%}, "
+        f"mean KL {found['kl_nats']:.6f} nats, same steps {found['step_agreement']:.2%}",
         f"speed at {found['depth']} steps a token, one row, {found['threads']} threads",
     ]
