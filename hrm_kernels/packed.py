@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .quantized import is_narrow, is_quantized, multiplies_itself, plain, product, rounded
@@ -44,10 +45,12 @@ class PackedWeights:
         return sum(4 * weight.numel() for weights, _, _ in self._copies.values() for weight in weights)
 
     def of(self, *weights: Tensor) -> Tensor | None:
-        """The packed copy of [N, K] matrices of one K, one below the other; None where there is no packing."""
+        """The packed copy of [N, K] matrices of one K, one below the other, or of small narrow ones a plain copy; None
+        where there is neither."""
         if not all(map(_packs, weights)):
             return None
-        if sum(weight.numel() for weight in weights) < SMALLEST and not is_narrow(weights[0], torch.float32):
+        small = sum(weight.numel() for weight in weights) < SMALLEST or not _available()
+        if small and not is_narrow(weights[0], torch.float32):
             return None
         state = tuple(map(_state, weights))
         key = tuple(map(id, weights))
@@ -58,7 +61,7 @@ class PackedWeights:
                 return None
             wide = [plain(weight, torch.float32).detach() for weight in weights]
             whole = wide[0] if len(wide) == 1 else torch.cat(wide)
-            known = weights, state, torch.ops.mkldnn._reorder_linear_weight(whole, None)
+            known = weights, state, whole if small else torch.ops.mkldnn._reorder_linear_weight(whole, None)
             self._copies[key] = known
         return known[2]
 
@@ -67,7 +70,7 @@ def _packs(weight: Tensor) -> bool:
     held = weight.qdata if is_quantized(weight) else weight
     if held.device.type != "cpu" or weight.dtype not in _WIDENED or held.is_inference() or multiplies_itself(weight):
         return False
-    return type(held) in (Tensor, torch.nn.Parameter) and not torch.is_autocast_enabled("cpu") and _available()
+    return type(held) in (Tensor, torch.nn.Parameter) and not torch.is_autocast_enabled("cpu")
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
@@ -97,6 +100,8 @@ def packed_product(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     bias = None
     if biases[0] is not None:
         bias = biases[0] if len(biases) == 1 else torch.cat(list(biases))
+    if not copy.is_mkldnn:
+        return F.linear(x, copy, bias)
     return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
 
 
