@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks
-from .autocast import shared_casts
+from .autocast import compute_dtype, shared_casts
 from .backend import (
     OPS,
     BackendError,
@@ -215,7 +215,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not match, or an unknown reduction.
     """
-    w = plain(w, x.dtype)
+    w = plain(w, compute_dtype(x))
     checks.linear_cross_entropy(x, w, targets, reduction)
     return run("linear_cross_entropy", x, w, targets, ignore_index, reduction, z_loss)
 

@@ -174,7 +174,8 @@ def _kernel(op: str, setting: str, args: tuple) -> tuple[Callable | None, str]:
     if setting == "auto" and device.type != "cuda":
         return None, "auto takes kernels on CUDA devices"
     reason = why_no_kernel(op, device)
-    if reason is None and any(isinstance(t, Tensor) and t.dim() == 2 and is_narrow(t, args[0].dtype) for t in args):
+    dtype = compute_dtype(args[0])  # under autocast to bfloat16, weights of bfloat16 are what kernels take
+    if reason is None and any(isinstance(t, Tensor) and t.dim() == 2 and is_narrow(t, dtype) for t in args):
         reason = "a weight is quantised, and kernels read plain ones"
     if reason is None:
         kernel = _kernels()[op]
