@@ -108,9 +108,7 @@ class _BlockParts(nn.Module):
     recompute = False
     """Keep a pass's input alone for the backward pass, and make the rest again there."""
 
-    def apply_to(
-        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: Past | None = None
-    ) -> Tensor:
+    def apply_to(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: Past | None = None) -> Tensor:
         """The block's forward pass, as `recompute` has it."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self, x, rotary, lengths, use_reentrant=False, context_fn=_kernels_as_now)

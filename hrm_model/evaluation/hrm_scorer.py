@@ -135,7 +135,11 @@ class HRMScorer:
         return Score(sum(logprobs), len(choice), all(greedy), mean, mean - sum(halted) / len(halted))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], progress: Progress | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        progress: Progress | None = None,
     ) -> list[Continuation]:
         """The likeliest tokens; see requests.Scorer. A prompt longer than the window keeps its end, as published."""
         stops = (END_OF_TEXT, *(token for text in stop for token in self.encode(text)))
@@ -147,7 +151,7 @@ class HRMScorer:
             events = stream(
                 self.model, [prompts[number] for number in group], max_new_tokens, sampling=Sampling(temperature=0.0),
                 stop_tokens=stops, max_steps=self.max_steps, halt_bias=self.halt_bias, use_cache=self.batched,
-                tokenizer=self.tokenizer, batch_size=self._rows(prompts, max_new_tokens),
+                tokenizer=self.tokenizer, batch_size=self.rows_at_a_time(prompts, max_new_tokens),
             )  # fmt: skip
             for event in events:
                 tokens, logprobs, steps, published = found[group[event.row]]
@@ -160,8 +164,8 @@ class HRMScorer:
                     progress(1)
         return [Continuation(*row) for row in found]
 
-    def _rows(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-        """Prompts at a time: ROWS, or what fits."""
+    def rows_at_a_time(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+        """How many of these prompts are continued together: ROWS, or what fits into memory."""
         longest = min(self.max_length, max(map(len, prompts)) + max_new_tokens)
         rows, free = ROWS.get(self.model.device.type, ROWS["cpu"]), room(self.model)
         if free is not None:

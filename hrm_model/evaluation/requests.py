@@ -73,7 +73,11 @@ class Scorer(Protocol):
         """A Score for each choice of each request. A request's result depends on nothing but that request."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], progress: Progress | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        progress: Progress | None = None,
     ) -> list[Continuation]:
         """The likeliest token, again and again, up to the end of text, the token of one of `stop`, or the limit."""
 

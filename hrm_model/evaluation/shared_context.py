@@ -1,8 +1,8 @@
 """Continuations scored in batches, a context computed once for all that share it: the numbers of each row run alone.
 
 Attention is causal, so the states of a context after s steps are the same in every row that begins with it. Rows that
-share a context are therefore a tree (hrm_kernels/forest.py): one stem, a branch for each continuation. Every step is run
-once for all trees of a batch together. Who decides how deep:
+share a context are therefore a tree (hrm_kernels/forest.py): one stem, a branch for each continuation. Every step is
+run once for all trees of a batch together. Who decides how deep:
 
     row      the mean over context + continuation decides once for a row, as published; the whole row is looked at
     prefix   each prediction's depth is decided by the tokens before it ("causal protocol"); the last token is not read
@@ -168,7 +168,9 @@ class Layout:
         torch.cumsum(z_H[0].to(wide), 0, out=up_to[1:])
         a, b, c, d = (up_to[column] for column in told.unbind(1))
         means = ((b - a + d - c) / n[:, None]).to(torch.promote_types(z_H.dtype, torch.float32))
-        return [yes for part in means[:, None].split(HEAD_ROWS) for yes in core.q_values(part, halt_bias, None)[1].tolist()]
+        return [
+            yes for part in means[:, None].split(HEAD_ROWS) for yes in core.q_values(part, halt_bias, None)[1].tolist()
+        ]
 
     def tokens_of(self, of: int, numbers: Sequence[int]) -> list[int]:
         """Where a tree's stem and some of its branches are."""
@@ -218,7 +220,9 @@ def _predict(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         whole, likeliest = logits.logsumexp(-1), logits.argmax(-1)
         entries = [(i, entry) for i, row in enumerate(rows) for entry in asked[row]]
-        told = torch.tensor([[i for i, _ in entries], [entry[2] for _, entry in entries]], dtype=torch.int64, device="cpu")
+        told = torch.tensor(
+            [[i for i, _ in entries], [entry[2] for _, entry in entries]], dtype=torch.int64, device="cpu"
+        )
         row_of, target = ops.to_device(told, layout.device)
         logprob = logits[row_of, target] - whole[row_of]
         best = likeliest[row_of] == target
