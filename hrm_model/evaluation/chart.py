@@ -6,7 +6,11 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-_INK, _SOFT, _LINES = "#1b1d21", "#5c626b", ("#0b6e99", "#d1495b", "#3a7d44", "#8d5a97", "#c98b1f", "#57606a")
+_INK, _SOFT, _LINES = (
+    "#1b1d21",
+    "#5c626b",
+    "#0b6e99 #d1495b #3a7d44 #8d5a97 #c98b1f #57606a #17b3a6 #a0522d #e377c2".split(),
+)
 
 
 def check_matplotlib() -> None:
@@ -64,6 +68,7 @@ def _scores(axis, tasks: list[str], models: list[str], first: dict) -> None:
         if chance is not None:
             axis.plot((t - 0.45, t + 0.45), (100 * chance,) * 2, color=_INK, linestyle="--", linewidth=1)
     axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_xlim(-0.6, len(tasks) - 0.4)
     axis.set_ylabel("score, % (dashed: chance)", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
 

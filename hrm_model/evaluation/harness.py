@@ -1,7 +1,7 @@
 """lm-evaluation-harness: this package's models under its name `hrm`, for its tasks and its arithmetic.
 
 hrm eval CKPT --protocol lm-eval --tasks hellaswag,piqa
-hrm-lm-eval --model hrm --model_args pretrained=CKPT --tasks lambada_openai   # its own command line, which knows hrm then
+hrm-lm-eval --model hrm --model_args pretrained=CKPT --tasks lambada_openai   # its own command line
 
 Importing this file registers the model; the harness has no other way to learn of one. Depth is decided by prefix
 (shared_context.py), so that a log-likelihood is one: no token is predicted with a look at what follows. model_args

@@ -54,8 +54,8 @@ class HFScorer:
         except Exception as error:  # theirs are of many kinds
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"cannot load {name} ({reason}); give a folder with config.json, weights and tokenizer, or a name on the "
-                "hub and a network that reaches it"
+                f"cannot load {name} ({reason}); give a folder with config.json, weights and tokenizer, or a name on "
+                "the hub and a network that reaches it"
             ) from error
         self.model = model.to(device).eval()
         self.name, self.device = name.rstrip("/").rsplit("/", 1)[-1], torch.device(device)

@@ -8,6 +8,8 @@ from itertools import groupby
 
 import torch
 
+import hrm_kernels as ops
+
 from ..cache import bytes_per_token, room
 from ..config import END_OF_TEXT
 from ..generate import SHARE_OF_MEMORY, stream
@@ -57,6 +59,7 @@ class HRMScorer:
         self.max_length = model.config.block_size
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
         self.batched = batched
+        self._packed = ops.PackedWeights()
         # The published protocol gives the ids that only pad the vocabulary their share; the causal one does not.
         self.n_ids = model.config.vocab_size if rule == "row" else min(model.config.vocab_size, END_OF_TEXT + 1)
 
@@ -88,6 +91,7 @@ class HRMScorer:
             score_trees(
                 self.model, [tree for _, tree, _ in batch],
                 rule=self.rule, max_steps=self.max_steps, halt_bias=self.halt_bias, n_ids=self.n_ids,
+                packed=self._packed,
             )  # fmt: skip
             done = 0
             for number, tree, choices in batch:

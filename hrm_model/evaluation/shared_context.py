@@ -79,16 +79,23 @@ def trees_of(request: Request, rule: str, block_size: int) -> list[tuple[Tree, l
 @torch.no_grad()
 @ops.shared_casts()
 def score_trees(
-    model: HRMForCausalLM, trees: Sequence[Tree], *, rule: str, max_steps: int, halt_bias: float, n_ids: int
+    model: HRMForCausalLM,
+    trees: Sequence[Tree],
+    *,
+    rule: str,
+    max_steps: int,
+    halt_bias: float,
+    n_ids: int,
+    packed: ops.PackedWeights,
 ) -> None:
     """Run trees to their end, together; their `found` is filled in.
 
     Args:
         rule: see above. max_steps, halt_bias: as in HRMForCausalLM.forward. n_ids: the first of the vocabulary's ids,
-            which share the probability.
+            which share the probability. packed: keeps, on a CPU, copies of the weights in a faster layout.
     """
     core = model.hrm_core
-    with evaluating(model):
+    with evaluating(model), ops.packed_weights(packed):
         layout = Layout(trees, model.device)
         ids = ops.to_device(torch.tensor([layout.ids()], dtype=torch.int64, device="cpu"), model.device)
         rotary = layout.rotary(model)
@@ -218,13 +225,13 @@ def _predict(
         at = ops.to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), layout.device)
         logits = model.lm_head(h.index_select(0, at))[:, :n_ids]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        whole, likeliest = logits.logsumexp(-1), logits.argmax(-1)
         entries = [(i, entry) for i, row in enumerate(rows) for entry in asked[row]]
-        told = torch.tensor(
-            [[i for i, _ in entries], [entry[2] for _, entry in entries]], dtype=torch.int64, device="cpu"
-        )
-        row_of, target = ops.to_device(told, layout.device)
-        logprob = logits[row_of, target] - whole[row_of]
-        best = likeliest[row_of] == target
+        told = [[i for i, _ in entries], [entry[2] for _, entry in entries]]
+        row_of, target = ops.to_device(torch.tensor(told, dtype=torch.int64, device="cpu"), layout.device)
+        chosen, most = logits[row_of, target], logits.amax(-1)
+        best = chosen == most[row_of]
+        # in place: a vocabulary of logits is the largest thing here, and each pass over it counts
+        whole = logits.sub_(most[:, None]).exp_().sum(-1).log_().add_(most)
+        logprob = chosen - whole[row_of]
         for (_, (tree, number, _, halted)), p, is_best in zip(entries, logprob.tolist(), best.tolist(), strict=True):
             tree.found[number].append((p, is_best, steps, halted))
