@@ -75,7 +75,7 @@ def test_rolling_and_generation_are_the_models_own(scorer):
 
 
 def test_lm_evals_scores_follow_from_our_log_likelihoods(scorer, place):
-    """piqa there: "Question: ..\\nAnswer:", acc by the sum of log-probabilities, acc_norm by the sum over characters."""
+    """piqa there: "Question: ..\\nAnswer:", acc by the sum of log-probabilities, acc_norm by that over characters."""
     found = {row["metric"]: row for row in harness.evaluate(scorer, ["piqa"], {"piqa": place / "piqa.jsonl"})}
     right = {"acc": 0, "acc_norm": 0}
     for row in ROWS:
