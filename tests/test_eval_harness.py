@@ -97,6 +97,7 @@ def test_lm_evals_scores_follow_from_our_log_likelihoods(scorer, place):
 def test_our_scoring_of_a_hugging_face_model_is_lm_evals_own(tmp_path):
     """The same GPT-2 through the harness's own class and through ours: the same log-likelihoods."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
     torch.manual_seed(0)
@@ -138,4 +139,3 @@ def test_the_command_runs_it(place, capsys):
     assert main([*command, "--data", f"piqa={place / 'piqa.jsonl'}", "--limit", "4"]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {row["metric"] for row in found["results"]} == {"acc", "acc_norm"} and found["protocol"] == "lm-eval"
-    assert main([*command[:-1], "nonsense"]) == 1 and "no task 'nonsense'" in capsys.readouterr().err

@@ -149,7 +149,6 @@ def _scorers(args: argparse.Namespace, rule: str) -> tuple[Callable[[float | Non
     """(what makes our scorer for a bias, those to compare with, our name)."""
     from ..evaluation.hrm_scorer import HRMScorer
 
-    # what can go wrong at once does so before what takes minutes
     model, tokenizer = load(args)
     name = Path(os.path.abspath(args.ckpt)).name
 
@@ -191,8 +190,8 @@ def _tasks(args: argparse.Namespace, biases: list[float | None]) -> dict[str, An
     from ..evaluation.report import table
     from ..evaluation.results import evaluate
 
-    found = {name: examples(TASKS[name], places.get(name), args.limit) for name in names}
     ours, others, name = _scorers(args, "row" if args.protocol == "published" else "prefix")
+    found = {task: examples(TASKS[task], places.get(task), args.limit) for task in names}
     results = []
     scorers = [*map(ours, biases), *others]
     for scorer in scorers:

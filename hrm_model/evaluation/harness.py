@@ -29,6 +29,9 @@ from .requests import Request, Scorer
 
 NAMES = {"nq": "nq_open"}
 """Of our tasks, where lm-eval has another name."""
+FOLDERS = {name: name for name in ("hellaswag", "piqa", "winogrande", "nq_open", "gsm8k")}
+FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "mmlu": "mmlu/default"}
+"""Where lm-eval 0.4.13 has tasks; of others all of its 13,986 files are read to find them, which takes a while."""
 SPLITS = {"arc_easy": "test", "arc_challenge": "test", "gsm8k": "test"}
 """Of tasks that can be read from one file, the split that it scores; the others' is validation."""
 
@@ -177,9 +180,8 @@ def evaluate(
         ValueError: a task that it does not know, or data that cannot be read.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    manager = _manager([NAMES.get(task, task) for task in tasks])
     asked: list[str | dict[str, Any]] = []
     for task in tasks:
         name = NAMES.get(task, task)
@@ -211,6 +213,19 @@ def evaluate(
                 shown = metric if chosen == "none" else f"{metric} ({chosen})"
                 rows.append({"task": task, "metric": shown, "value": value, "stderr": stderr, "examples": examples})
     return rows
+
+
+def _manager(names: Sequence[str]):
+    """lm-eval's list of tasks, as far as these names need it."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [root / FOLDERS[name] for name in names if name in FOLDERS]
+    if len(folders) == len(names) and all(folder.is_dir() for folder in folders):
+        few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=list(dict.fromkeys(folders)))
+        if all(name in few.all_tasks for name in names):
+            return few
+    return lm_eval.tasks.TaskManager()
 
 
 def _local(task: str, name: str, place: Path) -> dict[str, Any]:

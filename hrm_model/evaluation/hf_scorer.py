@@ -99,6 +99,7 @@ class HFScorer:
                 jobs.append((number, list(request.context)[len(request.context) - kept :], choices))
         jobs.sort(key=lambda job: -len(job[1]))
         batch: list[tuple] = []
+        done: set[int] = set()
         for i, job in enumerate(jobs):
             batch.append(job)
             longest = max(len(context) for _, context, _ in batch)
@@ -106,9 +107,11 @@ class HFScorer:
             rows = sum(len(choices) for _, _, choices in batch)
             if not self.batched or i + 1 == len(jobs) or rows * longest >= self.batch_tokens:
                 self._score_batch(batch, requests, found)
+                if progress:
+                    fresh = {n for n, _, _ in batch} - done
+                    done |= fresh
+                    progress(len(fresh))
                 batch = []
-        if progress:
-            progress(len(requests))
         return found
 
     def _score_batch(self, batch: list[tuple], requests: Sequence[Request], found: list[list]) -> None:
