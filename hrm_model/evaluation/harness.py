@@ -14,11 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import lm_eval.tasks
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from ..config import END_OF_TEXT
@@ -182,21 +185,21 @@ def evaluate(
     from lm_eval import simple_evaluate
 
     manager = _manager([NAMES.get(task, task) for task in tasks])
-    asked: list[str | dict[str, Any]] = []
-    for task in tasks:
-        name = NAMES.get(task, task)
-        if name not in manager.all_tasks:
-            raise ValueError(f"lm-eval has no task {name!r}; `lm_eval ls tasks` lists them")
-        if task in places:
-            asked.append(_local(task, name, places[task]))
-        else:
-            asked.append(name)
+    names = {task: NAMES.get(task, task) for task in tasks}
+    unknown = [name for name in names.values() if name not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
     try:
-        found = simple_evaluate(
-            HRMForHarness(scorer=scorer), tasks=asked, limit=limit, task_manager=manager, bootstrap_iters=0,
-            num_fewshot=0 if places else None, log_samples=False,
-        )  # fmt: skip
-    except (ConnectionError, OSError, KeyError, RuntimeError) as error:
+        with TemporaryDirectory() as folder:
+            asked = [
+                _local(task, name, places[task], manager, Path(folder)) if task in places else name
+                for task, name in names.items()
+            ]
+            found = simple_evaluate(
+                HRMForHarness(scorer=scorer), tasks=asked, limit=limit, task_manager=manager, bootstrap_iters=0,
+                num_fewshot=0 if places else None, log_samples=False,
+            )  # fmt: skip
+    except (OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"lm-eval could not run {', '.join(tasks)} ({reason}); where the hub cannot be reached give files in its "
@@ -215,24 +218,28 @@ def evaluate(
     return rows
 
 
-def _manager(names: Sequence[str]):
+def _manager(names: Sequence[str]) -> TaskManager:
     """lm-eval's list of tasks, as far as these names need it."""
-    import lm_eval.tasks
-
     root = Path(lm_eval.tasks.__file__).parent
     folders = [root / FOLDERS[name] for name in names if name in FOLDERS]
     if len(folders) == len(names) and all(folder.is_dir() for folder in folders):
-        few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=list(dict.fromkeys(folders)))
+        few = TaskManager(include_defaults=False, include_path=list(dict.fromkeys(folders)))
         if all(name in few.all_tasks for name in names):
             return few
-    return lm_eval.tasks.TaskManager()
+    return TaskManager()
 
 
-def _local(task: str, name: str, place: Path) -> dict[str, Any]:
+def _local(task: str, name: str, place: Path, manager: TaskManager, folder: Path) -> str:
+    """The path of a file, in `folder`, that is the task with other data."""
     if task == "mmlu":
-        raise ValueError(
-            "lm-eval's mmlu is 57 tasks, which one file does not hold; leave --data out or use --protocol published"
-        )
-    kind = "parquet" if place.suffix == ".parquet" else "json"
-    files = {SPLITS.get(task, "validation"): str(place)}
-    return {"task": name, "dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        raise ValueError("lm-eval's mmlu is 57 tasks, no file; leave it out of --data, or take --protocol published")
+    config = {
+        "include": str(manager.task_index[name].yaml_path),
+        "task": name,
+        "dataset_path": "parquet" if place.suffix == ".parquet" else "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {SPLITS.get(task, "validation"): str(place.resolve())}},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(config))  # which is YAML too
+    return str(path)

@@ -63,7 +63,9 @@ class HFScorer:
         lengths = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
         self.max_length = next((length for length in lengths if length), 1024)
         self.batch_tokens, self.batched = batch_tokens, batched
-        self._shares: bool | None = None if "position_ids" in inspect.signature(model.forward).parameters else False
+        takes = inspect.signature(model.forward).parameters
+        self._shares: bool | None = None if "position_ids" in takes else False
+        self._past = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         first = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if first is None:
             raise ValueError(f"{name} has neither a token that begins a text nor one that ends it; take another model")
@@ -145,13 +147,13 @@ class HFScorer:
         rest = None
         if longest > 1:  # the last token of a choice predicts nothing that is asked
             read = [list(choice[:-1]) or [0] for _, choice in rows]
-            past = copy.deepcopy(out.past_key_values)
+            past = copy.deepcopy(getattr(out, self._past))
             past.batch_select_indices(of)
             ids = _padded(read, self.device)
             new = _padded([[1] * len(one) for one in read], self.device)
             places = torch.arange(ids.shape[1], device=self.device) + sizes[of][:, None]
             rest = self.model(
-                input_ids=ids, attention_mask=torch.cat((mask[of], new), 1), past_key_values=past,
+                input_ids=ids, attention_mask=torch.cat((mask[of], new), 1), **{self._past: past},
                 position_ids=places.clamp(max=self.max_length - 1), use_cache=True,
             ).logits  # fmt: skip
         found = []
