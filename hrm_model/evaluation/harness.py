@@ -196,7 +196,7 @@ def evaluate(
                 for task, name in names.items()
             ]
             found = simple_evaluate(
-                HRMForHarness(scorer=scorer), tasks=asked, limit=limit, task_manager=manager, bootstrap_iters=0,
+                HRMForHarness(scorer=scorer), tasks=asked, limit=limit, task_manager=manager, bootstrap_iters=1000,
                 num_fewshot=0 if places else None, log_samples=False,
             )  # fmt: skip
     except (OSError, KeyError) as error:
@@ -233,12 +233,18 @@ def _local(task: str, name: str, place: Path, manager: TaskManager, folder: Path
     """The path of a file, in `folder`, that is the task with other data."""
     if task == "mmlu":
         raise ValueError("lm-eval's mmlu is 57 tasks, no file; leave it out of --data, or take --protocol published")
+    split = SPLITS.get(task, "validation")
     config = {
         "include": str(manager.task_index[name].yaml_path),
         "task": name,
         "dataset_path": "parquet" if place.suffix == ".parquet" else "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {SPLITS.get(task, "validation"): str(place.resolve())}},
+        "dataset_kwargs": {"data_files": {split: str(place.resolve())}},
+        # of a file there is one split: without the others nothing is asked of them
+        "training_split": None,
+        "validation_split": split if split == "validation" else None,
+        "test_split": split if split == "test" else None,
+        "fewshot_split": split,
     }
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(config))  # which is YAML too
