@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -384,17 +385,27 @@ def test_a_process_that_stalls_ends_the_others_within_the_timeout(forks, flags, 
 
 def test_samples_that_one_process_cannot_read_end_all_after_a_save(forks, flags, tmp_path, whole):
     broken = """
-import numpy
-def failing(self, key):
+def failing(*args):
     raise OSError(5, "Input/output error")
 """
-    broken += at_update(3, "numpy.memmap.__getitem__ = failing", of_rank=1)
+    broken += at_update(3, "os.pread = failing", of_rank=1)
     codes, printed = forks.run(2, flags, inject=broken)
     assert codes == [1, 1], printed
     assert "error: step 4: another process cannot read its samples" in printed[0]
     assert "error: process 1: step 4: [Errno 5] Input/output error; saved at step 3" in printed[1]
     assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 3)
     assert_resumes(forks, flags, whole(2), size=2, step=3)
+
+
+def test_a_shard_that_is_cut_short_in_use_ends_the_run_after_a_save(forks, flags, tiny_dataset, tmp_path):
+    """Another program truncates what is being read: no SIGBUS, but an error that names the file."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    cut = f"[os.truncate(path, 0) for path in pathlib.Path({str(data)!r}).glob('train-*')]"
+    codes, printed = forks.run(1, [*flags, "--data", str(data)], inject="import pathlib\n" + at_update(3, cut))
+    assert codes == [1], printed
+    last = printed[0].splitlines()[-1]
+    assert last.startswith(f"error: step 4: shard {data}/train-0000") and "was cut short while it was in use" in last
+    assert last.endswith("saved at step 3") and latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 3)
 
 
 def torchrun(flags: list[str], log: Path, *options: str) -> subprocess.Popen:
