@@ -51,8 +51,8 @@ class ShardError(ValueError):
 class Split:
     """The files of one split as a single read-only array of token ids. len() is its number of tokens.
 
-    With another dtype it is the array of something else that each token has, such as its mask. Files are read, not mapped:
-    where a mapped one is cut short, or its disk fails, the process dies of a signal without a word.
+    With another dtype it is the array of something else that each token has, such as its mask. Files are read, not
+    mapped: where a mapped one is cut short, or its disk fails, the process dies of SIGBUS.
     """
 
     def __init__(self, name: str, directory: Path, shards: list[dict[str, Any]], dtype: np.dtype = TOKEN):
@@ -68,8 +68,11 @@ class Split:
         return self._starts[-1]
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens start..start+n-1, uint16 [n] or of the dtype given. Raises ValueError beyond the ends, ShardError where a
-        file has become shorter, OSError where it cannot be read."""
+        """Tokens start..start+n-1, uint16 [n] or of the dtype given.
+
+        Raises:
+            ValueError: beyond the ends. ShardError: a file has become shorter. OSError: it cannot be read.
+        """
         if n < 0 or start < 0 or start + n > len(self):
             raise ValueError(f"{n} tokens from {start} on are outside {self.name!r} of {len(self)} tokens")
         out = np.empty(n, dtype=self._dtype.newbyteorder("="))
