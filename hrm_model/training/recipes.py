@@ -339,38 +339,32 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
-_SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
-_TINY = _SHORT | dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0)
-_TINY |= dict(depth_warmup=0.0, eval_windows=32)
-_SMALL = (
-    dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
-)
+_CHAT = dict(weight_decay=0.01, depth_warmup=0.0, sample_prompt="What is a list?")
+_OFTEN = dict(eval_every=50, save_every=50)
+_TINY = _CHAT | _OFTEN | dict(tokens_per_batch=512, warmup=10)
+_SMALL = _CHAT | _OFTEN | dict(tokens_per_batch=4096, warmup=50, dropout=0.1, eval_windows=64)
 # The published fine-tuning: batches of 32 rows of 512 tokens, rate 6e-6, decay 0.01, 500 steps of warm-up.
-_BASE = dict(tokens_per_batch=32 * 512, accumulation=1, lr=6e-6, min_lr=6e-7, warmup=500, weight_decay=0.01)
-_BASE |= dict(dropout=0.1, depth_warmup=0.0, epochs=3.0, eval_windows=256, eval_every=250, save_every=250)
+_BASE = _CHAT | dict(tokens_per_batch=32 * 512, warmup=500, dropout=0.1, lr=6e-6, min_lr=6e-7, epochs=3.0)
+_BASE |= dict(eval_windows=256, eval_every=250, save_every=250)
 _FINE_TUNING = {
     # As in pretraining, many small steps, at a higher rate: whether an answer is about its question comes late.
-    "tiny": dict(steps=150, lr=3e-3, min_lr=1e-4) | _TINY,
-    "small": dict(epochs=2.0, lr=1e-4, min_lr=1e-5) | _SMALL,
+    "tiny": _TINY | dict(steps=150, lr=3e-3, min_lr=1e-4),
+    "small": _SMALL | dict(epochs=2.0, lr=1e-4, min_lr=1e-5),
     "base": _BASE,
 }
+_IDENTITY = _FINE_TUNING | {"tiny": _FINE_TUNING["tiny"] | dict(steps=1000, eval_every=250, save_every=250)}
 # The published calibration: 5e-7 to 1e-7, 50 steps of warm-up, ended by a rise of 0.15 nats.
 _CALIBRATION = {
     # Of so small a model the identity stage leaves little of the conversations; they come back at a larger rate.
-    "tiny": dict(steps=400, lr=1e-3, min_lr=1e-4, max_rise=0.15) | _TINY | dict(eval_every=100, save_every=100),
-    "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
+    "tiny": _TINY | dict(steps=400, lr=1e-3, min_lr=1e-4, max_rise=0.15, eval_every=100, save_every=100),
+    "small": _SMALL | dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15),
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
-}
-_IDENTITY_LENGTH = {
-    "tiny": {"steps": 1000, "eval_every": 250, "save_every": 250},
-    "small": {"epochs": 2.0},
-    "base": {"epochs": 3.0},
 }
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "pretrain": RECIPES,
     "converse": _FINE_TUNING,
     "instruct": _FINE_TUNING,
-    "identity": {name: fields_ | dict(_IDENTITY_LENGTH[name]) for name, fields_ in _FINE_TUNING.items()},
+    "identity": _IDENTITY,
     "calibrate": _CALIBRATION,
 }
 
