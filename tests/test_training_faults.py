@@ -15,14 +15,24 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_helpers import adamw, linux, net, run_python, train
-from pretrain_helpers import SCRIPT, Forks, assert_same_bits, checkpoint_of, records, short_run, start_from, weights
+from pretrain_helpers import (
+    NO_PICTURES,
+    SCRIPT,
+    Forks,
+    assert_same_bits,
+    checkpoint_of,
+    records,
+    short_run,
+    start_from,
+    weights,
+)
 
 from hrm_model import HRMConfig, HRMForCausalLM, save_model
 from hrm_model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
 from hrm_model.training import command
 from train.pretrain import main
 
-pytestmark = [linux, pytest.mark.filterwarnings("ignore:no dashboard.png")]
+pytestmark = [linux, *NO_PICTURES]
 STEPS = 6
 
 
@@ -33,8 +43,7 @@ def short(dataset: Path, model: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture
-def flags(tiny_dataset, tiny_model, tmp_path, monkeypatch) -> list[str]:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def flags(tiny_dataset, tiny_model, tmp_path) -> list[str]:
     return short(tiny_dataset, tiny_model, tmp_path / "run")
 
 
