@@ -224,8 +224,8 @@ class HRMCache:
         self, source: int, targets: Sequence[int], n: int | None = None, cache: HRMCache | None = None
     ) -> None:
         """Make the first n tokens of row `source` (default all) the contents of rows `targets`: several continuations
-        share what was computed once. cache: whose row that is, of the same model and sizes but the number of rows;
-        default this one's."""
+        share what was computed once. cache: whose row that is, of the same model and with as many steps; default
+        this one's."""
         c = self if cache is None else cache
         n = c._count(source, c.length(source) if n is None else n)
         for row in targets:

@@ -126,10 +126,10 @@ def test_padding_changes_nothing(pair, side):
 
 def test_greedy_text_is_that_of_our_own_generate_with_and_without_cache(pair):
     ours, theirs = pair
-    ids = ids_of(4, 6)
-    expected = ours.generate(ids, 20, temperature=0, stop_tokens=None, details=True)
-    found = greedy(theirs, ids, 20, return_dict_in_generate=True)
-    assert found.sequences.equal(expected.ids) and greedy(theirs, ids, 20, use_cache=False).equal(expected.ids)
+    ids = ids_of(2, 6, seed=4)
+    expected = ours.generate(ids, 12, temperature=0, stop_tokens=None, details=True)
+    found = greedy(theirs, ids, 12, return_dict_in_generate=True)
+    assert found.sequences.equal(expected.ids) and greedy(theirs, ids, 12, use_cache=False).equal(expected.ids)
     assert found[CACHE].executed_steps == expected.executed_steps
     assert len({n for row in expected.executed_steps for n in row}) > 2, "depth must move, or nothing is shown"
 
@@ -138,9 +138,9 @@ def test_left_padded_rows_say_what_they_say_alone(pair):
     ours, theirs = pair
     ids = ids_of(3, 5)
     for cached in (True, False):
-        found = greedy(theirs, ids, 12, attention_mask=LEFT, use_cache=cached)
+        found = greedy(theirs, ids, 6, attention_mask=LEFT, use_cache=cached)
         for row, real in enumerate(LEFT.bool()):
-            alone = ours.generate(ids[row, real][None], 12, temperature=0, stop_tokens=None)
+            alone = ours.generate(ids[row, real][None], 6, temperature=0, stop_tokens=None)
             assert found[row, 5:].tolist() == alone[0, int(real.sum()) :].tolist()
 
 
@@ -167,9 +167,9 @@ def test_beam_search_with_a_cache_is_beam_search_without(pair):
     _, theirs = pair
     ids = ids_of(3, 5)
     for options in (dict(num_beams=4), dict(num_beams=3, num_return_sequences=2, length_penalty=0.0)):
-        found = [greedy(theirs, ids, 10, attention_mask=LEFT, use_cache=c, **options) for c in (True, False)]
+        found = [greedy(theirs, ids, 6, attention_mask=LEFT, use_cache=c, **options) for c in (True, False)]
         assert found[0].equal(found[1])
-    assert not found[0][::2].equal(greedy(theirs, ids, 10, attention_mask=LEFT)), "beams must find something else"
+    assert len(found[0].unique(dim=0)) == 6
 
 
 def test_sampling_draws_the_same_with_and_without_a_cache(pair):
@@ -247,7 +247,8 @@ def test_loss_is_that_of_shifted_targets_and_gradients_are_ours(pair):
         targets[row, : n - 1] = labels[row, 5 - n + 1 :].masked_fill(labels[row, 5 - n + 1 :] == -100, -1)
     expected = ours(right, targets, lengths, force_steps=2)
     torch.testing.assert_close(out.loss, expected.loss, rtol=0, atol=1e-12)
-    by_hand = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    known = labels[:, 1:].masked_fill(LEFT[:, :-1] == 0, -100)  # nothing comes before a row's first token
+    by_hand = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), known.flatten())
     torch.testing.assert_close(out.loss.double(), by_hand, rtol=0, atol=1e-6)
     n = int((targets >= 0).sum())
     summed = theirs(input_ids=ids, attention_mask=LEFT, labels=labels, force_steps=2, num_items_in_batch=2 * n)
@@ -264,7 +265,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair):
     model = copy.deepcopy(pair[1]).train()
     ids, gradients = ids_of(2, 6), []
     for on in (False, True):
-        (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
+        switch = "enable" if on else "disable"
+        names = f"activation_checkpointing_{switch}", f"gradient_checkpointing_{switch}"  # since and before 5.2x
+        getattr(model, next(name for name in names if hasattr(model, name)))()
         assert all(block.recompute is on for block in (*model.input_blocks, *model.hrm_core.H_level.layers))
         model.zero_grad()
         model(input_ids=ids, labels=ids, force_steps=2).loss.backward()

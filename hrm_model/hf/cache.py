@@ -26,8 +26,8 @@ class HRMGenerationCache(Cache):
 
     Args:
         model: whose texts these are.
-        positions: longest text of a row, in tokens; default and at most block_size. Of a row that grows beyond, the
-            newest `positions` tokens are looked at.
+        positions: tokens of a row to make room for; default and at most block_size. A row may grow beyond; of more than
+            block_size tokens the newest are looked at.
         max_steps: most HRM steps of a token; default hrm_max_steps.
     """
 
@@ -96,16 +96,19 @@ class HRMGenerationCache(Cache):
     def _windowed(self, place: int, tokens: list[int], may_slide: bool) -> list[int]:
         """What is to be added to the row at `place`, after making room for it."""
         held = self.inner.ids(place)
-        if len(held) + len(tokens) <= self.positions:
+        n = len(held) + len(tokens)
+        if n > self.inner.positions < self.model.config.block_size:
+            self._grow(self.inner.rows, min(2 * n, self.model.config.block_size))
+        if n <= self.inner.positions:
             return tokens
         if not may_slide:
             raise ValueError(
-                f"a row has {len(held) + len(tokens)} tokens, over {self.positions}, the longest of this cache; "
+                f"a row has {n} tokens, over {self.inner.positions}, the longest of this cache; "
                 "ask for the last column's logits alone (logits_to_keep=1), or cut the row"
             )
         # all positions move, so nothing computed before holds: the published model recomputes its window, too
         self.inner.clear(place)
-        return (held + tokens)[-self.positions :]
+        return (held + tokens)[-self.inner.positions :]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns so far, padding included."""
@@ -165,10 +168,7 @@ class HRMGenerationCache(Cache):
         if self.inner is None:
             return
         if len(rows) > self.inner.rows:
-            grown = HRMCache(self.model, len(rows), self.inner.positions, self.inner.max_steps)
-            for place in self._place:
-                grown.copy(place, [place], cache=self.inner)
-            self.inner = grown
+            self._grow(len(rows), self.inner.positions)
         first: dict[int, int] = {}
         free = set(range(self.inner.rows)) - {self._place[row] for row in rows}
         places = []
@@ -183,6 +183,12 @@ class HRMGenerationCache(Cache):
         self._place = places
         self._real = [list(self._real[row]) for row in rows]
         self.executed_steps = [list(self.executed_steps[row]) for row in rows]
+
+    def _grow(self, rows: int, positions: int) -> None:
+        grown = HRMCache(self.model, rows, positions, self.inner.max_steps)
+        for place in self._place:
+            grown.copy(place, [place], cache=self.inner)
+        self.inner = grown
 
     def __deepcopy__(self, memo) -> HRMGenerationCache:
         """A copy that goes its own way; the model is not copied."""

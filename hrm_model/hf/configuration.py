@@ -41,8 +41,9 @@ class CosmicFishHRMConfig(PretrainedConfig):
         for name, value in values.items():
             setattr(self, name, value)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            # an id beyond a small vocabulary would be no id at all
-            given.setdefault(name, END_OF_TEXT if END_OF_TEXT < self.vocab_size else None)
+            token = given.setdefault(name, END_OF_TEXT)
+            if token == END_OF_TEXT >= self.vocab_size:  # a vocabulary that is not GPT-2's: no id of it
+                given[name] = None
         super().__init__(tie_word_embeddings=self.tie_embeddings, **given)
 
     def hrm(self) -> HRMConfig:

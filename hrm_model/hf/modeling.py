@@ -25,6 +25,8 @@ from .configuration import CosmicFishHRMConfig
 THEIR_IGNORE = -100
 CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 """What transformers calls a cache among arguments and results; it changed within version 5."""
+ALIGNMENT = 64
+"""Bytes, to which torch aligns memory of the CPU."""
 _DEPTH = ("max_steps", "force_steps", "halt_bias")
 # told to every model, and without a meaning here
 _NEITHER_HERE_NOR_THERE = ("output_attentions", "output_hidden_states", "cache_position", "position_ids", "return_dict")
@@ -68,6 +70,17 @@ class CosmicFishHRMForCausalLM(LanguageModel, CosmicFishHRMPreTrainedModel, Gene
         self.make_parts(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any):
+        """As transformers has it. Weights are left where torch itself would have put them: those that the loader maps
+        from a file lie at any address, on which the last bits of matrix products depend."""
+        found = super().from_pretrained(*args, **options)
+        model = found[0] if isinstance(found, tuple) else found
+        for p in model.parameters():
+            if p.device.type == "cpu" and p.data_ptr() % ALIGNMENT:
+                p.data = p.data.clone()
+        return found
 
     def _init_weights(self, module: nn.Module) -> None:
         prefix = next((name for name, other in self.named_modules() if other is module), "")
@@ -221,11 +234,12 @@ class CosmicFishHRMForCausalLM(LanguageModel, CosmicFishHRMPreTrainedModel, Gene
         return CosmicFishHRMOutput(logits=logits, executed_steps=executed, **{CACHE: cache})
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = True, **options: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = True, **kwargs: Any
     ) -> dict[str, Any]:
-        """What `generate` passes to the next forward: the columns that its cache does not hold yet."""
-        cache = options.get("cache")
-        cache = options.get("past_key_values") if cache is None else cache
+        """What `generate` passes to the next forward: the columns that its cache does not hold yet. (transformers looks
+        for the name kwargs to see that forward's arguments may be given.)"""
+        cache = kwargs.get("cache")
+        cache = kwargs.get("past_key_values") if cache is None else cache
         if cache is not None:
             held = cache.get_seq_length()
             # `generate` may be told the whole text, or of a text that the cache holds what comes after it
@@ -236,7 +250,7 @@ class CosmicFishHRMForCausalLM(LanguageModel, CosmicFishHRMPreTrainedModel, Gene
             input_ids = input_ids[:, -window:]
             attention_mask = None if attention_mask is None else attention_mask[:, -window:]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache, "use_cache": use_cache}
-        kept = {name: options[name] for name in (*_DEPTH, "logits_to_keep") if name in options}
+        kept = {name: kwargs[name] for name in (*_DEPTH, "logits_to_keep") if name in kwargs}
         return inputs | {"logits_to_keep": 1} | kept
 
     def _prepare_cache_for_generation(
