@@ -32,7 +32,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from bench.common import environment, interleaved, positive, print_table, save
-from hrm_model.tokenizer import END_OF_TEXT, RANKS_FILE, read_ranks, get_tokenizer
+from hrm_model.tokenizer import END_OF_TEXT, RANKS_FILE, get_tokenizer, read_ranks
 from hrm_model.training.corpora import Corpus
 from hrm_model.training.mixture import prepare_mixture
 from hrm_model.training.shards import open_dataset

@@ -118,9 +118,7 @@ class HRMCache:
         ValueError: sizes out of range, or more memory than there is; the message names both.
     """
 
-    def __init__(
-        self, model: LanguageModel, rows: int = 1, positions: int | None = None, max_steps: int | None = None
-    ):
+    def __init__(self, model: LanguageModel, rows: int = 1, positions: int | None = None, max_steps: int | None = None):
         config = model.config
         self.model, self.config, self.device = model, config, model.device
         self.rows = _at_least_one("rows", rows)
@@ -220,9 +218,7 @@ class HRMCache:
         del self._ids[row][n:]
 
     @torch.no_grad()
-    def copy(
-        self, source: int, targets: Sequence[int], n: int | None = None, cache: HRMCache | None = None
-    ) -> None:
+    def copy(self, source: int, targets: Sequence[int], n: int | None = None, cache: HRMCache | None = None) -> None:
         """Make the first n tokens of row `source` (default all) the contents of rows `targets`: several continuations
         share what was computed once. cache: whose row that is, of the same model and with as many steps; default
         this one's."""

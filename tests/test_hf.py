@@ -12,7 +12,7 @@ from small_models import SHAPE, thinker
 
 pytest.importorskip("transformers")
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hrm_model import HRMConfig, load_model, save_model
 from hrm_model.hf import CosmicFishHRMConfig, CosmicFishHRMForCausalLM, HRMGenerationCache
@@ -114,7 +114,9 @@ def test_weights_that_a_file_lacks_are_new_and_the_others_stay(tmp_path):
 def test_padding_changes_nothing(pair, side):
     ours, theirs = pair
     ids = ids_of(3, 5)
-    mask = {"left": LEFT, "right": LEFT.flip(1), "holes": torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 1], [1] * 5])}[side]
+    mask = {"left": LEFT, "right": LEFT.flip(1), "holes": torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 1], [1] * 5])}[
+        side
+    ]
     found = theirs(input_ids=ids, attention_mask=mask)
     for row, real in enumerate(mask.bool()):
         alone = ours(ids[row, real][None])
@@ -153,7 +155,9 @@ def test_a_text_beyond_the_window_goes_on_as_ours_does(pair):
         assert greedy(theirs, ids, 8).equal(expected) and greedy(theirs, ids, 8, use_cache=False).equal(expected)
 
 
-@pytest.mark.parametrize("options", [dict(force_steps=3), dict(max_steps=2), dict(halt_bias=0.5), dict(force_steps=7, max_steps=7)])
+@pytest.mark.parametrize(
+    "options", [dict(force_steps=3), dict(max_steps=2), dict(halt_bias=0.5), dict(force_steps=7, max_steps=7)]
+)
 def test_depth_options_reach_generate_and_forward(pair, options):
     ours, theirs = pair
     ids = ids_of(2, 6)
@@ -215,15 +219,11 @@ def test_a_cache_is_copied_cut_reordered_and_widened(pair):
     torch.testing.assert_close(next_logits(cache, ids[:, 5:], mask), expected, rtol=0, atol=1e-12)
     order = torch.tensor([2, 2, 0])
     kept.reorder_cache(order)
-    torch.testing.assert_close(
-        next_logits(kept, ids[order, 5:], mask[order]), expected[order], rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(next_logits(kept, ids[order, 5:], mask[order]), expected[order], rtol=0, atol=1e-12)
     kept.crop(-3)
     kept.batch_repeat_interleave(2)
     order = order.repeat_interleave(2)
-    torch.testing.assert_close(
-        next_logits(kept, ids[order, 5:], mask[order]), expected[order], rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(next_logits(kept, ids[order, 5:], mask[order]), expected[order], rtol=0, atol=1e-12)
 
 
 def test_generate_goes_on_from_a_cache(pair):

@@ -221,7 +221,9 @@ def test_push_to_hub_of_the_model_itself(exported, monkeypatch):
             monkeypatch.setattr(hub, name, function)
         else:
             monkeypatch.setattr(
-                huggingface_hub.HfApi, name, lambda self, *args, function=function, **options: function(*args, **options)
+                huggingface_hub.HfApi,
+                name,
+                lambda self, *args, function=function, **options: function(*args, **options),
             )
     monkeypatch.setattr(huggingface_hub.ModelCard, "load", lambda *_, **__: huggingface_hub.ModelCard("# mine"))
     AutoModelForCausalLM.from_pretrained(exported).push_to_hub("me/mine")
@@ -245,7 +247,10 @@ def test_push_to_hub_of_the_model_itself(exported, monkeypatch):
 def test_what_cannot_be_converted_is_named_and_nothing_is_left(source, arguments, message, tmp_path, capsys):
     (tmp_path / "there.pt").write_text("mine")
     (tmp_path / "empty").mkdir()
-    for name, config in (("other", {"model_type": "gpt2"}), ("broken", json.loads((source / "config.json").read_text()))):
+    for name, config in (
+        ("other", {"model_type": "gpt2"}),
+        ("broken", json.loads((source / "config.json").read_text())),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "model.safetensors").write_bytes(b"no weights")
@@ -285,7 +290,9 @@ def test_a_file_that_gives_other_logits_is_not_put_in_place(source, tmp_path, mo
 
 
 def test_without_transformers_the_extra_is_named(source, tmp_path):
-    code = "import sys; sys.modules['transformers'] = None; from hrm_model.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import sys; sys.modules['transformers'] = None; from hrm_model.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "convert", str(source), str(tmp_path / "out"), "--to", "hf"],
         cwd=ROOT, capture_output=True, text=True, check=False,

@@ -30,13 +30,31 @@ def saved(tmp_path_factory):
 def texts_of(kind: str) -> list[str]:
     draw = random.Random(kind)
     if kind == "unicode":  # every plane, without surrogates, which are no characters
+
         def character():
             code = draw.choice((draw.randrange(0x110000), draw.randrange(0x3000), draw.randrange(0x100)))
             return "" if 0xD800 <= code < 0xE000 else chr(code)
 
         return ["".join(character() for _ in range(draw.randrange(1, 200))) for _ in range(400)]
     if kind == "spaces":
-        pieces = " ", "\n", "\t", "\r", "\xa0", "\u2003", "\u3000", "\x85", "\x1c", "a", "'s", "'LL", "12", "!?", "é", "ſ"
+        pieces = (
+            " ",
+            "\n",
+            "\t",
+            "\r",
+            "\xa0",
+            "\u2003",
+            "\u3000",
+            "\x85",
+            "\x1c",
+            "a",
+            "'s",
+            "'LL",
+            "12",
+            "!?",
+            "é",
+            "ſ",
+        )
         return ["".join(draw.choices(pieces, k=draw.randrange(1, 60))) for _ in range(1500)]
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return [path.read_text(encoding="utf-8", errors="replace") for path in draw.sample(files, 30)]

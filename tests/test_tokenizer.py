@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from hrm_model.tokenizer import RANKS_FILE, IncrementalDecoder, Tokenizer, read_ranks, get_tokenizer
+from hrm_model.tokenizer import RANKS_FILE, IncrementalDecoder, Tokenizer, get_tokenizer, read_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 # As in the GPT-2 release; ours is written differently for the engine's sake.

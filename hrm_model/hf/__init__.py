@@ -14,8 +14,10 @@ try:
 except ImportError as error:
     raise ImportError(f"hrm_model.hf needs the package transformers: {_HINT}") from error
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
-    raise ImportError(f"hrm_model.hf needs transformers {'.'.join(map(str, OLDEST))} or later, and finds "
-                      f"{transformers.__version__}: {_HINT}")
+    raise ImportError(
+        f"hrm_model.hf needs transformers {'.'.join(map(str, OLDEST))} or later, and finds "
+        f"{transformers.__version__}: {_HINT}"
+    )
 
 from .cache import HRMGenerationCache  # noqa: E402
 from .configuration import CosmicFishHRMConfig  # noqa: E402

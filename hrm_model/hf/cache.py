@@ -31,9 +31,7 @@ class HRMGenerationCache(Cache):
         max_steps: most HRM steps of a token; default hrm_max_steps.
     """
 
-    def __init__(
-        self, model: CosmicFishHRMForCausalLM, positions: int | None = None, max_steps: int | None = None
-    ):
+    def __init__(self, model: CosmicFishHRMForCausalLM, positions: int | None = None, max_steps: int | None = None):
         super().__init__(layers=[])
         block_size = model.config.block_size
         self.model, self.positions, self.max_steps = model, min(positions or block_size, block_size), max_steps

@@ -34,7 +34,9 @@ def carried_files() -> dict[str, str]:
     files = {f"{_file(module)}.py": source for module, source in sources.items()}
     kernels = files["hrm_kernels_backend.py"]
     assert kernels.count(_INSTALLED) == 1
-    files["hrm_kernels_backend.py"] = kernels.replace(_INSTALLED, "_TRITON_INSTALLED = False  # kernels are not carried")
+    files["hrm_kernels_backend.py"] = kernels.replace(
+        _INSTALLED, "_TRITON_INSTALLED = False  # kernels are not carried"
+    )
     # transformers finds files by lines of this form alone, and not `from . import name`
     named = sorted(name.removesuffix(".py") for name in files if name != f"{MODELING}.py")
     finds = "\n".join(f"    from .{name} import __doc__ as _  # noqa: F401" for name in named)

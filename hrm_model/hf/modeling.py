@@ -1,9 +1,9 @@
 """The model with Hugging Face's interface: the same parts, the same arithmetic, their arguments and results.
 
-    attention_mask [B, T]    columns of 0 are not there: a row is what remains, padded left, right or anywhere
-    labels [B, T]            not shifted, -100 ignored; a mean over targets, or a sum over num_items_in_batch
-    use_cache                keys, values and states of every step (hrm_model/cache.py), in HRMGenerationCache
-    generate                 transformers' own, with its options, and ours: max_steps, force_steps, halt_bias
+attention_mask [B, T]    columns of 0 are not there: a row is what remains, padded left, right or anywhere
+labels [B, T]            not shifted, -100 ignored; a mean over targets, or a sum over num_items_in_batch
+use_cache                keys, values and states of every step (hrm_model/cache.py), in HRMGenerationCache
+generate                 transformers' own, with its options, and ours: max_steps, force_steps, halt_bias
 """
 
 from __future__ import annotations
