@@ -87,8 +87,8 @@ def atomic_file(target: str | Path, overwrite: bool = False, needed_bytes: int |
     """Yield a path beside `target` to write one file at; on leaving, flush it to disk and rename it.
 
     Raises:
-        CheckpointError: `target` is a directory, or is there and overwrite is false, the disk is full, or the path cannot
-            be written. Nothing is left behind.
+        CheckpointError: `target` is a directory, or is there and overwrite is false, the disk is full, or the path
+            cannot be written. Nothing is left behind.
     """
     target = Path(os.path.realpath(target))
     temporary = beside(target, "tmp")

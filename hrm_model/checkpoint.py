@@ -124,8 +124,8 @@ def load_model(
 
     Args:
         path: a directory with config.json and model.safetensors, ours or Hugging Face's (verified where it has a
-            manifest), the same directory's .safetensors file, a training run (its newest intact checkpoint; broken newer ones
-            are skipped with a warning), or a published .pt file, of which nothing is executed.
+            manifest), the same directory's .safetensors file, a training run (its newest intact checkpoint; broken
+            newer ones are skipped with a warning), or a published .pt file, of which nothing is executed.
         device: where the model goes.
         dtype: type of the parameters; default float32, whatever the file holds.
 

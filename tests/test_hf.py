@@ -114,9 +114,8 @@ def test_weights_that_a_file_lacks_are_new_and_the_others_stay(tmp_path):
 def test_padding_changes_nothing(pair, side):
     ours, theirs = pair
     ids = ids_of(3, 5)
-    mask = {"left": LEFT, "right": LEFT.flip(1), "holes": torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 1], [1] * 5])}[
-        side
-    ]
+    holes = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 1], [1] * 5])
+    mask = {"left": LEFT, "right": LEFT.flip(1), "holes": holes}[side]
     found = theirs(input_ids=ids, attention_mask=mask)
     for row, real in enumerate(mask.bool()):
         alone = ours(ids[row, real][None])

@@ -53,7 +53,7 @@ def texts_of(kind: str) -> list[str]:
             "12",
             "!?",
             "é",
-            "ſ",
+            "\u017f",
         )
         return ["".join(draw.choices(pieces, k=draw.randrange(1, 60))) for _ in range(1500)]
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

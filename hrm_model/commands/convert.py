@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the folder (with --to pt: the file) to write")
     parser.add_argument(
         "--to", choices=FORMS, default="safetensors",
-        help="a folder of ours, one for transformers (with tokenizer and card), or a published .pt (default: safetensors)",
+        help="a folder of ours, one for transformers (with tokenizer, card), or a published .pt (default: safetensors)",
     )  # fmt: skip
     parser.add_argument(
         "--weights", choices=("model", "ema"), default="model", help="of a training run (default: model)"

@@ -53,7 +53,7 @@ many steps as it needs, transformer blocks again.
 | parameters | {parameters:,}, stored as {dtype} |
 | window | {c.block_size} tokens, GPT-2's byte-level BPE, vocabulary {c.vocab_size:,} |
 | width, heads | {c.n_embd}, {c.n_head} query and {c.kv_heads} key/value heads |
-| blocks | {c.n_input_layers} before the core, {c.hrm_H_layers} H and {c.hrm_L_layers} L within, {c.n_output_layers} after |
+| blocks | {c.n_input_layers} first, {c.hrm_H_layers} H and {c.hrm_L_layers} L in the core, {c.n_output_layers} last |
 | a step | {c.hrm_H_cycles} x ({c.hrm_L_cycles} x L, H), {c.blocks_per_step} block applications |
 | steps | 1 to {c.hrm_max_steps}, decided per row by a head that was {head}; halting bias {c.halt_bias} |
 

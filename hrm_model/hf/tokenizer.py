@@ -10,6 +10,7 @@ end a document by writing it.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -33,7 +34,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(token) > 1:
             parts = [token[i : i + 1] for i in range(len(token))]
             while len(parts) > 2:
-                joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+                joined = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
                 best = min(range(len(joined)), key=joined.__getitem__)
                 if joined[best] >= rank:
                     raise ValueError(f"token {token!r} of rank {rank} cannot be made of tokens before it")
@@ -86,7 +87,7 @@ def make_tokenizer(block_size: int | None = None) -> PreTrainedTokenizerFast:
     )
 
 
-# Within one expression per line and with every tag trimmed, so that nothing but what is printed comes out. Empty lines
+# Every tag is trimmed, so that nothing but what is printed comes out. Empty lines
 # before a text and white space after it go, the indentation of its first line stays, as template._content has it.
 _TEMPLATE = r"""
 {%- macro content(text) -%}
@@ -100,19 +101,24 @@ _TEMPLATE = r"""
   {%- set body = ns.lines | join('\n') -%}
   {{- ' ' + body.rstrip() if body.strip() else '' -}}
 {%- endmacro -%}
-{%- if not messages -%}{{- raise_exception('the conversation has no messages; give at least one question') -}}{%- endif -%}
+{%- if not messages -%}
+  {{- raise_exception('the conversation has no messages; give at least one question') -}}
+{%- endif -%}
 {%- set instruction = 'INSTRUCTION' -%}
 {%- set turns = messages -%}
 {%- if messages[0]['role'] == 'system' -%}
   {%- set instruction = messages[0]['content'] -%}
   {%- set turns = messages[1:] -%}
 {%- endif -%}
-{%- if not turns -%}{{- raise_exception('the conversation is a system message alone; give at least one question') -}}{%- endif -%}
+{%- if not turns -%}
+  {{- raise_exception('the conversation is a system message alone; give at least one question') -}}
+{%- endif -%}
 {{- instruction.strip() -}}
 {%- for message in turns -%}
   {%- set expected = 'user' if loop.index0 % 2 == 0 else 'assistant' -%}
   {%- if message['role'] != expected -%}
-    {{- raise_exception('message has the role ' + message['role'] + ', expected ' + expected + '; user and assistant take turns after at most one system message') -}}
+    {%- set remedy = '; user and assistant take turns after at most one system message' -%}
+    {{- raise_exception('message has the role ' + message['role'] + ', expected ' + expected + remedy) -}}
   {%- endif -%}
   {%- if expected == 'user' and not message['content'].strip() -%}
     {{- raise_exception('a question is empty; leave that turn out') -}}
