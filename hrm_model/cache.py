@@ -98,10 +98,10 @@ def _left_in_container(free: int) -> int:
 def room(model: LanguageModel) -> int | None:
     """Bytes that a cache of this model may take, in full; None where that cannot be read. On a CPU packed copies of the
     weights come beside it."""
-    free, weight = free_bytes(model.device), model.wte.weight
-    if free is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    free = free_bytes(model.device)
+    if free is None or model.device.type != "cpu" or model.compute_dtype != torch.float32:
         return free
-    return max(0, free - model.num_parameters() * weight.itemsize)
+    return max(0, free - 4 * model.num_parameters())
 
 
 class HRMCache:
@@ -126,7 +126,7 @@ class HRMCache:
         self.max_steps = _at_least_one("max_steps", config.hrm_max_steps if max_steps is None else max_steps)
         if self.positions > config.block_size:
             raise ValueError(f"positions {positions} are more than block_size {config.block_size}, the model's longest")
-        dtype = model.wte.weight.dtype
+        dtype = model.compute_dtype
         kind = self.device.type
         kv_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         self.bytes_per_token = bytes_per_token(config, self.max_steps, dtype, kv_dtype)

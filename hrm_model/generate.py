@@ -310,7 +310,7 @@ def _new_cache(
     if batch_size is not None:
         n_rows = min(n_rows, batch_size)
     elif free is not None:
-        fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.wte.weight.dtype))
+        fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.compute_dtype))
         n_rows = max(1, min(n_rows, fit))
     return HRMCache(model, n_rows, positions, steps)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import Block, Linear, ReasoningBlock, RMSNorm
+from .blocks import Block, Embedding, Linear, ReasoningBlock, RMSNorm
 from .config import HRMConfig, is_int
 from .core import GRADIENTS, HRMCore, Pasts
 
@@ -49,7 +49,7 @@ class LanguageModel:
 
     def make_parts(self, config: HRMConfig) -> None:
         """Make the modules; their weights are whatever torch starts with."""
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         if not config.use_rotary:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.input_blocks = nn.ModuleList(Block(config) for _ in range(config.n_input_layers))
@@ -78,6 +78,11 @@ class LanguageModel:
             layers = c.n_input_layers + c.n_output_layers + c.hrm_H_layers + c.hrm_L_layers
             branch_end = name.endswith(("c_proj.weight", "down.weight"))
             nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * max(layers, 1)) if branch_end else 0.02)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of activations outside autocast: the norms', as other weights may be stored narrower."""
+        return self.ln_f.weight.dtype
 
     @ops.shared_casts()
     def forward(
@@ -184,7 +189,7 @@ class LanguageModel:
     def embed(self, ids_BT: Tensor, positions: Tensor | None = None) -> Tensor:
         """[B, T] ids -> [B, T, C]: token (and learned position) embedding, dropout in training. positions: [T] int64,
         default 0..T-1."""
-        x_BTC = self.wte(ids_BT) * self.config.embed_scale
+        x_BTC = self.wte(ids_BT).to(self.compute_dtype) * self.config.embed_scale
         if not self.config.use_rotary:
             x_BTC = x_BTC + (self.wpe.weight[: ids_BT.shape[1]] if positions is None else self.wpe(positions))
         return F.dropout(x_BTC, self.config.dropout, self.training)

@@ -25,6 +25,7 @@ from ..checkpoint import (
 from ..config import HRMConfig
 from ..halting import Exploration, Price, price_rate
 from ..model import HRMForCausalLM
+from ..quantization import check_trainable
 from ..ranks import Ranks
 from ..sharded import in_shards
 from .clock import Clock, duration
@@ -118,6 +119,7 @@ class Training:
         if not self.run.init_from or self.checkpoint is not None:
             return HRMForCausalLM(self.run.model_config(shape)).to(self.device)
         loaded, config = load_model(self.run.init_from)
+        check_trainable(loaded, self.run.init_from)
         if bad := [name for name, p in loaded.named_parameters() if not p.isfinite().all()]:
             raise ValueError(
                 f"--init-from {self.run.init_from} has weights that are not finite, in {bad[0]} and {len(bad) - 1} "
