@@ -29,9 +29,15 @@ _local = threading.local()
 
 class PackedWeights:
     """Packed copies of matrices, each made when it is used for the third time, and again when it was changed in place.
-    (Changes through `.data` go unnoticed, as they do by autograd.)"""
+    (Changes through `.data` go unnoticed, as they do by autograd.)
 
-    def __init__(self):
+    Args:
+        always: pack every matrix, small ones too, at its first use. With torch's own product a row's last bits depend
+            on how many rows there are (F.linear differs at 1, 2, 3, 5, .. rows), with packed weights they do not.
+    """
+
+    def __init__(self, always: bool = False):
+        self._worth, self._smallest = (1, 1) if always else (WORTH, SMALLEST)
         self._copies: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple, Tensor]] = {}
         self._uses: Counter[tuple[int, ...]] = Counter()
 
@@ -42,14 +48,14 @@ class PackedWeights:
 
     def of(self, *weights: Tensor) -> Tensor | None:
         """The packed copy of [N, K] matrices of one K, one below the other; None where there is no packing."""
-        if sum(weight.numel() for weight in weights) < SMALLEST or not all(map(_packs, weights)):
+        if sum(weight.numel() for weight in weights) < self._smallest or not all(map(_packs, weights)):
             return None
         state = tuple((weight._version, weight.data_ptr()) for weight in weights)
         key = tuple(map(id, weights))
         known = self._copies.get(key)  # the weights are kept too, so that their ids stay their own
         if known is None or known[1] != state:
             self._uses[key] += 1
-            if self._uses[key] < WORTH:
+            if self._uses[key] < self._worth:
                 return None
             whole = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
             known = weights, state, torch.ops.mkldnn._reorder_linear_weight(whole, None)

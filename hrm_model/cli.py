@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("chat", "generate", "info", "depth", "convert")
+COMMANDS = ("chat", "generate", "serve", "info", "depth", "convert")
 """Modules of hrm_model.commands, each with HELP, add_arguments(parser) and run(args) -> exit status. A module is
 imported when its command is asked for, so that `hrm --help` answers at once."""
 
