@@ -21,9 +21,9 @@ NAME = "small"
 WINDOW = 96
 
 
-def text_model(**shape):
+def text_model(seed: int = 0, **shape):
     """float32, as served; its words are noise, often cut inside a character."""
-    return thinker(dtype=torch.float32, **dict(vocab_size=50304, block_size=WINDOW) | shape)
+    return thinker(seed, dtype=torch.float32, **dict(vocab_size=50304, block_size=WINDOW) | shape)
 
 
 class Listener:

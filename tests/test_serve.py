@@ -152,7 +152,7 @@ def test_fifty_clients_at_once_get_what_each_gets_alone(server, model):
     def ask(i: int) -> list[int]:
         asked = {
             "prompt": f"client {i % 10} says " + "x " * (i % 7),
-            "max_tokens": 5 + i % 4,
+            "max_tokens": 3 + i % 3,
             "seed": i,
             "stream": i % 2 == 0,
         }
@@ -175,7 +175,7 @@ def test_fifty_clients_at_once_get_what_each_gets_alone(server, model):
         answers = list(pool.map(ask, range(50)))
     for i, tokens in enumerate(answers):
         ids = get_tokenizer().encode(f"client {i % 10} says " + "x " * (i % 7))
-        job = Job(ids, 5 + i % 4, Listener(), seed=i, sampling=Sampling(temperature=(0, 0.7, 1.3)[i % 3]))
+        job = Job(ids, 3 + i % 3, Listener(), seed=i, sampling=Sampling(temperature=(0, 0.7, 1.3)[i % 3]))
         alone_tokens = [event.token for event in alone(model, job)]
         assert tokens == (alone_tokens[:2] if i % 6 == 4 else alone_tokens), i
     until(lambda: scheduler.active == scheduler.waiting == 0)
@@ -303,7 +303,7 @@ FIELDS = (
 ).split()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5), chat=st.booleans())
 def test_whatever_is_asked_is_understood_or_refused(fields, chat):
     try:
@@ -475,6 +475,7 @@ def test_who_does_not_read_is_given_up(model, monkeypatch):
             deaf.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body.encode()))
             until(lambda: scheduler.active > 0)
             until(lambda: scheduler.active == scheduler.waiting == 0)
+            assert scheduler.counts.finished["cancelled"] > 0
         assert httpx.get(f"{address}/health").status_code == 200
 
 
@@ -511,9 +512,9 @@ def started(checkpoint: Path, *flags: str) -> tuple[subprocess.Popen, str]:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_finish_refuses_new_ones_and_ends_with_0(checkpoint, number):
-    process, address = started(checkpoint)
+    process, address = started(checkpoint, "--grace", "200")
     try:
-        asked = {"prompt": [9], "max_tokens": WINDOW - 1, "min_tokens": WINDOW - 1, "n": 16, "stream": True}
+        asked = {"prompt": [9], "max_tokens": WINDOW - 1, "min_tokens": WINDOW - 1, "n": 6, "stream": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=100) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -523,10 +524,10 @@ def test_a_signal_lets_answers_finish_refuses_new_ones_and_ends_with_0(checkpoin
                 refused = post(address, "/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code
             rest = [line for line in lines if line]
         assert refused == 503
-        assert rest[-1] == "data: [DONE]" and sum('"finish_reason":"length"' in line for line in rest) == 16
+        assert rest[-1] == "data: [DONE]" and sum('"finish_reason":"length"' in line for line in rest) == 6
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
-        assert "requests have 30 s" in said and "Traceback" not in said
+        assert "1 request has 200 s" in said and "Traceback" not in said
     finally:
         process.kill()
         process.communicate()

@@ -127,7 +127,9 @@ class Service:
     async def _wind_up(self) -> None:
         self._app.draining = True
         if self._app.in_flight:
-            self._tell(f"ending: {self._app.in_flight} requests have {self._grace:g} s; Ctrl-C once more ends at once")
+            n = self._app.in_flight
+            requests = f"{n} request{'s have' if n > 1 else ' has'}"
+            self._tell(f"ending: {requests} {self._grace:g} s to finish; Ctrl-C once more ends at once")
         await self._until(lambda: not self._app.in_flight, self._grace)
         await asyncio.to_thread(self._stop)
         # those that were cut are told so
