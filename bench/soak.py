@@ -5,10 +5,10 @@
     python bench/soak.py --save
 
 Every few seconds it looks at the training process: resident memory, open files, threads. Of each of its lives all up to
-the second evaluation is setting up (the first picture opens fonts, which stay open, and only then comes the first save, and
-a step with what all of these hold); after that all three must stay where they are, further evaluations, samples,
-pictures and checkpoints included, and each life must go on at the step at which the one before stopped. The last line is
-JSON; exit status 1 where something grew or a step was lost.
+the second evaluation is setting up (the first picture opens fonts, which stay open; the first save comes after it, and
+only then a step on top of all these); after that all three must stay where they are, further evaluations, samples,
+pictures and checkpoints included, and each life must go on at the step at which the one before stopped. The last line
+is JSON; exit status 1 where something grew or a step was lost.
 """
 
 from __future__ import annotations
