@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrm_kernels import to_device
+from hrm_kernels import PackedWeights, to_device
 
 from .cache import HRMCache, Work, bytes_per_token, room
 from .config import END_OF_TEXT, is_int
@@ -324,7 +324,9 @@ def _new_cache(
     elif free is not None:
         fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.compute_dtype))
         n_rows = max(1, min(n_rows, fit))
-    return HRMCache(model, n_rows, positions, steps)
+    cache = HRMCache(model, n_rows, positions, steps)
+    cache.packed = PackedWeights(always=True)  # so that a row's bits do not depend on the batch
+    return cache
 
 
 def _at_least(name: str, value: int, least: int) -> None:

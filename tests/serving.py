@@ -109,7 +109,7 @@ def served(
 
     model = model or text_model()
     config = model.config
-    with Scheduler(model, get_tokenizer(), places=places, queue=queue, chunk=16) as scheduler:
+    with Scheduler(model, get_tokenizer(), places=places, queue=queue) as scheduler:
         limits = Limits(NAME, config.block_size, config.hrm_max_steps, config.vocab_size)
         rules = Rules(LOOPBACK, api_key, max_body, body_seconds)
         service = Service(Guard(make_app(scheduler, limits, seconds), rules), scheduler.stop, grace, lambda line: None)

@@ -71,9 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--grace", metavar="S", type=float, default=30.0, help="seconds to finish answers at the end (default: 30)"
     )
-    limits.add_argument(
-        "--chunk", metavar="N", type=int, default=128, help="tokens of prompts read between two tokens (default: 128)"
-    )
     depth = parser.add_argument_group("depth")
     depth.add_argument("--max-steps", metavar="N", type=int, help="most steps of a token (default: the model's own)")
     depth.add_argument("--halt-bias", metavar="X", type=float, help="added to q_halt (default: the model's own)")
@@ -114,7 +111,6 @@ def run(args: argparse.Namespace) -> int:
             tokenizer,
             places=places,
             queue=args.queue,
-            chunk=args.chunk,
             max_steps=args.max_steps,
             halt_bias=args.halt_bias,
         )
@@ -148,7 +144,7 @@ def _check(args: argparse.Namespace) -> str | None:
         )
     for name, least, most in (
         ("port", 0, 65535), ("places", 1, 4096), ("queue", 0, 100_000), ("max_tokens", 1, math.inf),
-        ("chunk", 1, math.inf), ("max_body", 1024, 1_000_000_000), ("timeout", 0.1, 86_400), ("grace", 0, 86_400),
+        ("max_body", 1024, 1_000_000_000), ("timeout", 0.1, 86_400), ("grace", 0, 86_400),
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not least <= value <= most:

@@ -4,10 +4,10 @@
             2  every row whose prompt is read gets one token, all of them in one pass
             3  of the rows whose prompt is not read, the oldest get `chunk` tokens of prompt together
 
-A row's tokens are those it has alone. Draws are a function of (seed, number, token), and what is computed for a row is
-cut into passes in a way that depends on that row only: its prompt at multiples of `chunk`, then token by token; nothing
-is taken over from another row. On a CPU in float32, where packed products do not depend on how many rows there are, its
-logits are then the same to the last bit. Elsewhere they are equal up to rounding, as all here are to a forward pass.
+A row's tokens are those it has alone, in hrm_model.generate. Draws are a function of (seed, number, token), and what is
+computed for a row is cut into passes in a way that depends on that row only: its prompt at multiples of `chunk`, then
+token by token; nothing is taken over from another row. On a CPU in float32, where packed products do not depend on how
+many rows there are, its logits are then the same to the last bit. Elsewhere they are equal up to rounding.
 
 A prompt of T tokens holds up the others by ceil(T / chunk) passes of `chunk` tokens, between which they go on.
 """
@@ -33,7 +33,7 @@ from ..generate import SHARE_OF_MEMORY, Event, Limits, draw_rows, event_of, seen
 from ..incremental import Extending, check_ids
 from ..keyed import TOKEN_STREAM
 from ..model import HRMForCausalLM, check_halt_bias, checked_depths
-from ..rows import Row
+from ..rows import READ_AT_ONCE, Row
 from ..sampling import N_GPT2_IDS
 from ..stops import StoppedText
 from ..tokenizer import Tokenizer
@@ -77,7 +77,7 @@ class Scheduler:
 
     Args:
         places: rows at a time. queue: jobs that may wait for a place.
-        chunk: tokens of prompts in a pass; a whole number of it is where prompts are cut.
+        chunk: tokens of prompts in a pass, and where prompts are cut; hrm_model.generate cuts at the default.
         max_steps, halt_bias: of every job, as in HRMForCausalLM.forward.
 
     Raises:
@@ -91,7 +91,7 @@ class Scheduler:
         *,
         places: int = 8,
         queue: int = 64,
-        chunk: int = 128,
+        chunk: int = READ_AT_ONCE,
         max_steps: int | None = None,
         halt_bias: float | None = None,
     ):
