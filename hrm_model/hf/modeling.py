@@ -79,13 +79,8 @@ class CosmicFishHRMForCausalLM(LanguageModel, CosmicFishHRMPreTrainedModel, Gene
         model = found[0] if isinstance(found, tuple) else found
         if model.wte.weight.is_meta and not model.lm_head.weight.is_meta:
             raise ValueError(
-<<<<<<< HEAD
-                "the file has lm_head.weight and no wte.weight, which transformers 4 does not tie; use version 5, "
-                "or make a folder with `hrm convert .. --to hf`"
-=======
                 "the file has lm_head.weight and no wte.weight, which transformers 4 does not tie; use version 5, or "
                 "make a folder with `hrm convert .. --to hf`"
->>>>>>> 81bc5157e2477c1d6715cfe349b11edb2adb47c7
             )
         for p in model.parameters():
             if p.device.type == "cpu" and p.data_ptr() % ALIGNMENT:
