@@ -33,9 +33,15 @@ _local = threading.local()
 
 class PackedWeights:
     """Packed copies of matrices, each made when it is used for the third time, and again when it was changed in place.
-    (Changes through `.data` go unnoticed, as they do by autograd.)"""
+    (Changes through `.data` go unnoticed, as they do by autograd.)
 
-    def __init__(self):
+    Args:
+        always: pack every matrix, small ones too, at its first use. With torch's own product a row's last bits depend
+            on how many rows there are (F.linear differs at 1, 2, 3, 5, .. rows), with packed weights they do not.
+    """
+
+    def __init__(self, always: bool = False):
+        self._worth, self._smallest = (1, 1) if always else (WORTH, SMALLEST)
         self._copies: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple, Tensor]] = {}
         self._uses: Counter[tuple[int, ...]] = Counter()
 
@@ -49,7 +55,7 @@ class PackedWeights:
         where there is neither."""
         if not all(map(_packs, weights)):
             return None
-        small = sum(weight.numel() for weight in weights) < SMALLEST or not _available()
+        small = sum(weight.numel() for weight in weights) < self._smallest or not _available()
         if small and not is_narrow(weights[0], torch.float32):
             return None
         state = tuple(map(_state, weights))
@@ -57,7 +63,7 @@ class PackedWeights:
         known = self._copies.get(key)  # the weights are kept too, so that their ids stay their own
         if known is None or known[1] != state:
             self._uses[key] += 1
-            if self._uses[key] < WORTH:
+            if self._uses[key] < self._worth:
                 return None
             wide = [plain(weight, torch.float32).detach() for weight in weights]
             whole = wide[0] if len(wide) == 1 else torch.cat(wide)

@@ -133,10 +133,15 @@ def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_
     out, at = torch.empty_like(q), 0
     for row, begin, end in tokens.spans:
         mine = slice(at, at + end - begin)
-        queries = q[mine].unflatten(-1, (n_head, head_dim)).transpose(0, 1)[None]
         keys, values = kv[row, None, :end].transpose(1, 3).unbind(2)
+        if end - begin == 1:  # in the shape above, so that a row's bits are those that it has alone
+            grouped = q[mine].view(1, n_kv_head, -1, head_dim)
+            out[mine] = F.scaled_dot_product_attention(grouped, keys, values).reshape(1, -1)
+            at = mine.stop
+            continue
+        queries = q[mine].unflatten(-1, (n_head, head_dim)).transpose(0, 1)[None]
         seen = None
-        if begin and end - begin > 1:
+        if begin:
             seen = torch.ones(end - begin, end, dtype=torch.bool, device=q.device).tril(begin)
         heads = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=seen, is_causal=begin == 0, enable_gqa=n_kv_head != n_head

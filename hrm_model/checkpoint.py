@@ -76,6 +76,7 @@ __all__ = [
 
 CONFIG, WEIGHTS, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimizer.safetensors", "state.json"
 AVERAGE = "ema.safetensors"
+BIN = "pytorch_model.bin"  # what Hugging Face wrote before safetensors: a .pt file with a state dict
 _STEP_NAME = re.compile(r"step-\d{8,}")
 # What retention has hashed in this process: path -> its files' size, time and inode. Files are hashed
 # again once these change; every load hashes regardless.
@@ -101,6 +102,13 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
         CheckpointError: `path` exists and overwrite is false, the disk is full, the path cannot be written, or
             another dtype is wanted of a quantised model.
     """
+    with atomic_directory(path, overwrite, nbytes(unwrap(model).state_dict())) as directory:
+        write_model(model, directory, dtype)
+    return Path(path)
+
+
+def write_model(model: nn.Module, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """config.json and model.safetensors as save_model() has them, into a directory that is there."""
     model = unwrap(model)
     config = _config_dict(model)
     if (how := quantization_of(model)) is None:
@@ -115,10 +123,8 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
     stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     if "torch_dtype" in config and stored is not None and how is None:
         config["torch_dtype"] = str(stored).removeprefix("torch.")
-    with atomic_directory(path, overwrite, nbytes(tensors)) as directory:
-        write_json(directory / CONFIG, config)
-        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    return Path(path)
+    write_json(directory / CONFIG, config)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_model(
@@ -127,9 +133,9 @@ def load_model(
     """Load a model, in eval mode, with its config.
 
     Args:
-        path: a directory with config.json and model.safetensors (verified where it has a manifest), the same
-            directory's .safetensors file, a training run (its newest intact checkpoint; broken newer ones
-            are skipped with a warning), or a published .pt file, of which nothing is executed.
+        path: a directory with config.json and model.safetensors, ours or Hugging Face's (verified where it has a
+            manifest), the same directory's .safetensors file, a training run (its newest intact checkpoint; broken
+            newer ones are skipped with a warning), or a published .pt file, of which nothing is executed.
         device: where the model goes.
         dtype: type of the parameters; default float32, whatever the file holds. Of a quantised model, of what is
             left to compute in: its narrow weights and its halting head stay as they are.
@@ -365,6 +371,8 @@ def _resolve(path: Path) -> Path:
     names = [entry.name for entry in path.iterdir()]
     if CONFIG in names and files_of(WEIGHTS, names)[0] in names:
         return path / WEIGHTS
+    if CONFIG in names and BIN in names:
+        return path / BIN
     if (path / "checkpoints").is_dir():
         broken: list[str] = []
         found = latest_checkpoint(path, broken.append)
