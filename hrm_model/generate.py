@@ -50,6 +50,8 @@ class Event(NamedTuple):
     """None while the row goes on; "stop" (a string), "stop_token" or "length"."""
     recomputed: bool
     """Whether the window was full: the oldest tokens were dropped and the rest computed anew."""
+    halted: bool = False
+    """Whether the head decided these steps; else they were forced, or all that there are."""
 
 
 @dataclass
@@ -203,7 +205,7 @@ def _run(
             if row.recomputed:
                 row.start = len(row.ids) - limits.window + (limits.drop_oldest - 1 if row.n_new else 0)
         with evaluating(model):
-            tokens, logprobs, steps = engine.next(active, draw_now)
+            tokens, logprobs, steps, halted = engine.next(active, draw_now)
         if not all(map(math.isfinite, logprobs)):
             for row in active:
                 engine.wipe(row)
@@ -212,8 +214,8 @@ def _run(
                 f"the model's logits are not finite (row {bad}): its weights are damaged, or too large for their type"
             )
         events = [
-            event_of(row, int(token), logprob, executed, limits)
-            for row, token, logprob, executed in zip(active, tokens, logprobs, steps, strict=True)
+            event_of(row, int(token), logprob, executed, decided, limits)
+            for row, token, logprob, executed, decided in zip(active, tokens, logprobs, steps, halted, strict=True)
         ]
         for row, event in zip(active, events, strict=True):
             if event.finish:
@@ -247,7 +249,7 @@ def seen_tokens(model: HRMForCausalLM, ids: Sequence[int], sampling: Sampling) -
     return seen
 
 
-def event_of(row: Row, token: int, logprob: float, executed: int, limits: Limits) -> Event:
+def event_of(row: Row, token: int, logprob: float, executed: int, halted: bool, limits: Limits) -> Event:
     """The row with its new token."""
     row.ids.append(token)
     if row.seen is not None:
@@ -262,7 +264,7 @@ def event_of(row: Row, token: int, logprob: float, executed: int, limits: Limits
         finish = "stop" if stopped else "length" if row.n_new >= limits.max_new_tokens else None
     if finish in ("stop_token", "length"):
         text += row.text.finish()
-    return Event(row.number, token, text, logprob, executed, finish, row.recomputed)
+    return Event(row.number, token, text, logprob, executed, finish, row.recomputed, halted)
 
 
 def _rows(model: HRMForCausalLM, prompts, seed, force_steps, max_steps: int | None) -> list[Row]:
@@ -320,7 +322,7 @@ def _new_cache(
     if batch_size is not None:
         n_rows = min(n_rows, batch_size)
     elif free is not None:
-        fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.wte.weight.dtype))
+        fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.compute_dtype))
         n_rows = max(1, min(n_rows, fit))
     cache = HRMCache(model, n_rows, positions, steps)
     cache.packed = PackedWeights(always=True)  # so that a row's bits do not depend on the batch

@@ -326,16 +326,16 @@ class Scheduler:
             result, *_ = work.finish()
             logits = result.logits[whole]
             drawn = self._drawn(drawing, logits).tolist() if drawing else [[], []]
-        steps = [result.executed_steps[i] for i in whole]
+        depths = [(result.executed_steps[i], result.halted[i]) for i in whole]
         return {
-            active: Told(self._event(active, int(token), logprob, executed), self._top(active.job, row_logits))
-            for active, token, logprob, executed, row_logits in zip(drawing, *drawn, steps, logits, strict=True)
+            active: Told(self._event(active, int(token), logprob, *depth), self._top(active.job, row_logits))
+            for active, token, logprob, depth, row_logits in zip(drawing, *drawn, depths, logits, strict=True)
         }
 
-    def _event(self, active: _Active, token: int, logprob: float, executed: int) -> Event:
+    def _event(self, active: _Active, token: int, logprob: float, executed: int, halted: bool) -> Event:
         if not math.isfinite(logprob):  # whatever was drawn is no token
             return Event(active.row.number, 0, "", logprob, executed, None, False)
-        return event_of(active.row, token, logprob, executed, active.limits)
+        return event_of(active.row, token, logprob, executed, halted, active.limits)
 
     def _drawn_again(self, actives: list[_Active], logits: Tensor, again: list[int]) -> list[list[float]]:
         return self._drawn([actives[i] for i in again], logits[again]).tolist() if again else [[], []]

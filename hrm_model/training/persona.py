@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _read(path: Path) -> Any:
         raise PersonaError(f"persona {path} needs PyYAML: pip install pyyaml; or save it as .json") from error
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-01
         raise PersonaError(f"persona {path} is no YAML: {' '.join(str(error).split())}") from error
 
 
@@ -122,8 +123,10 @@ def _text_faults(what: str, value: Any, required: bool):
         yield f"{what} is a {type(value).__name__}, expected a text"
     elif required and not value.strip():
         yield f"{what} is empty"
-    elif "\n" in value.strip():
+    elif len(value.strip().splitlines()) > 1:
         yield f"{what} has several lines; give one"
+    elif any(unicodedata.category(char) in ("Cc", "Cs") for char in value.strip()):
+        yield f"{what} has control characters or half ones: {value!a}"
     elif len(value) > _LONGEST:
         yield f"{what} has {len(value)} characters, at most {_LONGEST} fit into an answer"
 
