@@ -44,6 +44,13 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """Rows of a table, [B, T] ids -> [B, T, C]."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]. With a `past`, queries look at a cache's keys and
     values, to which their own are added first; with a forest, at what the shape of its trees lets them see."""

@@ -257,6 +257,8 @@ class HRMCore(nn.Module):
                 return f"{name} is a {type(module).__name__}, which the loop's kernels do not know"
             if module is not self and (module._forward_hooks or module._forward_pre_hooks):
                 return f"{name} has a forward hook, which the loop's kernels would not call"
+            if isinstance(module, Linear) and ops.is_narrow(module.weight, self.H_init.dtype):
+                return f"{name} is quantised, and the loop's kernels read plain weights"
         return None
 
     def _apply(self, fn, recurse=True):

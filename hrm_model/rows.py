@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from .cache import HRMCache, Work, agree
-from .incremental import Extending
+from .incremental import Extending, extend
 from .model import HRMForCausalLM
 from .stops import StoppedText
 
+READ_AT_ONCE = 128
+"""Tokens of a prompt in a pass. Passes end at multiples of it, so that how a prompt is cut depends on nothing else."""
 WORTH_COPYING = 8
 """Tokens that a prompt must have in common with another row's, beyond what its own place holds, to be copied from
 it."""
@@ -158,6 +160,7 @@ class Cached:
                 held = min(self.cache.common(row.slot, window), len(window) - 1)
                 self.cache.truncate(row.slot, held)
             new[row.slot] = window[held:]
+        self._read_ahead(rows, new)
         forced = [row.depth() for row in rows]
         work = Extending(self.model, self.cache, new, force_steps=forced, **self.options)
         result, drawn, again = work.finish(draw(rows, work.logits))
@@ -167,6 +170,20 @@ class Cached:
                 drawn[0][place], drawn[1][place] = values
         numbers = [row.number for row in rows]
         return dict(zip(numbers, zip(*drawn, result.executed_steps, result.halted, strict=True), strict=True))
+
+    def _read_ahead(self, rows: list[Row], new: dict[int, list[int]]) -> None:
+        """All but the last pass of long prompts; `new` keeps what is left. Whoever drops a token each time (a full
+        window) reads all at once: there it would only cost."""
+        while True:
+            early = {}
+            for row in rows:
+                room = READ_AT_ONCE - self.cache.length(row.slot) % READ_AT_ONCE
+                if len(new[row.slot]) > room and not row.recomputed:
+                    early[row.slot], new[row.slot] = new[row.slot][:room], new[row.slot][room:]
+            if not early:
+                return
+            forced = [row.depth() for row in rows if row.slot in early]
+            extend(self.model, self.cache, early, force_steps=forced, **self.options)
 
     def leave(self, row: Row) -> None:
         """The row is finished; its place may go to another."""

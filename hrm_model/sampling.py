@@ -119,8 +119,10 @@ def _sampled(scores: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     # first index whose cumulative sum exceeds uniform * total: never one of probability 0
-    sums = probabilities.cumsum(-1)
-    index = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+    # wide: 50,257 additions in float32 are off by 1e-5, which moves the edges of rare tokens past one another whenever
+    # a logit is rounded differently
+    sums = probabilities.cumsum(-1, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)
+    index = torch.searchsorted(sums, uniform[:, None].to(sums.dtype) * sums[:, -1:], right=True)
     # rounding can put the product at the total itself: the last token that has a probability
     last = (probabilities > 0).float().mul_(torch.arange(1, sums.shape[1] + 1, device=sums.device)).argmax(-1, True)
     index = torch.minimum(index, last)

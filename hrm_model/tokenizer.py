@@ -48,7 +48,7 @@ def _parts(text: str) -> list[str]:
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: Path) -> dict[bytes, int]:
     """The id of each byte sequence.
 
     Raises FileNotFoundError without the file and ValueError when its contents are not the published ones: one
@@ -81,7 +81,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=SPLIT_PATTERN,
-            mergeable_ranks=_read_ranks(Path(ranks_file)),
+            mergeable_ranks=read_ranks(Path(ranks_file)),
             special_tokens={END_OF_TEXT: self.eot},
             explicit_n_vocab=self.n_vocab,
         )

@@ -17,6 +17,7 @@ from bench.halting_tasks import main as halting_tasks_main
 from bench.halting_text import main as halting_text_main
 from bench.hrm_step import main as hrm_step_main
 from bench.ops import main as ops_main
+from bench.quantized import main as quantized_main
 from bench.soak import main as soak_main
 from hrm_kernels.offline import main as offline_main
 from hrm_model.cli import COMMANDS
@@ -58,7 +59,7 @@ def test_every_module_of_the_packages_is_in_its_map():
 def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         prepare_main(["--help"])
-    fits = identity_main, halting_main, halting_tasks_main, halting_text_main, soak_main
+    fits = identity_main, halting_main, halting_tasks_main, halting_text_main, quantized_main, soak_main
     for command in (generate_main, hrm_step_main, ops_main, offline_main, *fits):
         with pytest.raises(SystemExit):
             command(["--help"])

@@ -142,6 +142,7 @@ def load(args: argparse.Namespace):
     import torch
 
     from ..checkpoint import load_model
+    from ..quantization import quantization_of
     from ..tokenizer import get_tokenizer
     from ..training.device import choose_device, choose_kernels
 
@@ -151,6 +152,15 @@ def load(args: argparse.Namespace):
         print(kernels, file=sys.stderr)
     tokenizer = get_tokenizer()
     model, config = load_model(args.ckpt, device, getattr(torch, args.dtype))
+    if args.fused != "off" and (how := quantization_of(model)) is not None:
+        if args.fused == "require":
+            raise ValueError(
+                f"--fused=require: {args.ckpt} is quantised to {how.to}, and no kernel multiplies by such weights; "
+                "use --fused for what there is, or its float32 source"
+            )
+        print(
+            f"quantised to {how.to}: products with weights and the loop over steps are the reference", file=sys.stderr
+        )
     if config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
             f"{args.ckpt} has vocab_size {config.vocab_size}, and text needs GPT-2's {tokenizer.n_vocab}; "
