@@ -110,6 +110,11 @@ def _ensure(path: str) -> None:
 
 def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], list[str]] | None = None) -> int:
     """Build the run and train; returns the process's exit status, an error being one line."""
+    return run_built(lambda: build(given, stage, make_data))
+
+
+def run_built(make: Callable[[], Training]) -> int:
+    """Train what `make` makes; returns the process's exit status, an error being one line."""
     from .distributed import leave
 
     for stream in (sys.stdout, sys.stderr):
@@ -118,7 +123,7 @@ def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], 
     training = None
     try:
         try:
-            training = build(given, stage, make_data)
+            training = make()
         except KeyboardInterrupt:
             print("\nstopped before training began; nothing was lost", file=sys.stderr)
             return 130
