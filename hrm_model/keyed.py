@@ -27,7 +27,7 @@ BATCH_STREAM = 9
 PHRASE_STREAM = 10
 """What an identity's questions and answers are composed of."""
 TASK_STREAM = 13
-"""The operands of toy sums."""
+"""The operands of toy sums, and the seeds of reasoning-gym's datasets."""
 TASK_CHOICE_STREAM = 14
 """Which task a sample is of."""
 

@@ -172,7 +172,7 @@ class HybridModel(nn.Module):
         if self.controller is None:
             losses = self._answer_losses(self.language.logits(_at(leaf, batch.positions)), batch.targets)
             (losses.sum() * scale).backward()
-            found = Learned(0.0, [float(losses.sum()) * scale], 0.0, None)
+            found = Learned(0.0, [float(losses.detach().sum()) * scale], 0.0, None)
         else:
             found = self._learn_segments(leaf, batch, scale)
         if self.tunes_language:
