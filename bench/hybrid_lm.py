@@ -6,6 +6,7 @@ model of a hub is, and read back as one.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ WINDOW, ROWS = 128, 8
 LEARNING_RATE = 1e-3
 HELD_OUT = 64
 """Windows of text that nothing is trained on."""
+HELD_OUT_FILE = "held_out_windows.json"
 
 
 def make_tokenizer(texts: list[str]):
@@ -83,16 +85,22 @@ def make_language_model(directory: Path, steps: int, seed: int = 0) -> dict[str,
         if (step + 1) % 100 == 0:
             print(f"language model: step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
     model.eval()
-    with torch.no_grad():
-        loss = _loss(model, held_out).item()
     counts = torch.bincount(windows.flatten(), minlength=VOCABULARY) + 1
     unigram = -(counts / counts.sum()).log()[held_out[:, 1:]].mean().item()
     model.save_pretrained(directory)
+    (directory / HELD_OUT_FILE).write_text(json.dumps(held_out.tolist()))
     tokenizer.save_pretrained(directory)
+    loss = text_loss(model, directory)
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "steps": steps, "tokens": steps * ROWS * WINDOW,
         "loss": loss, "unigram": unigram, "seconds": time.perf_counter() - begin,
     }  # fmt: skip
+
+
+@torch.no_grad()
+def text_loss(model, directory: Path) -> float:
+    """Loss of a model on the text that the one in `directory` was not trained on, nats a token."""
+    return _loss(model, torch.tensor(json.loads((directory / HELD_OUT_FILE).read_text()))).item()
 
 
 def _loss(model, rows: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,9 @@ def test_flags_come_from_a_file_and_the_command_line_wins(small_lm, tmp_path, en
     if ending == "yaml":
         pytest.importorskip("yaml")
     text = {
-        "json": '{"model_name": "x", "segments": 2, "lr": 1e-4, "tasks": ["chain_sum", "toy_addition"],\n "use-act": true}',
+        "json": json.dumps(
+            {"model_name": "x", "segments": 2, "lr": 1e-4, "tasks": ["chain_sum", "toy_addition"], "use-act": True}
+        ),
         "yaml": "model_name: x\nsegments: 2\nlr: 1e-4\ntasks: [chain_sum, toy_addition]\nuse-act: true\n",
     }[ending]
     path = tmp_path / f"run.{ending}"
