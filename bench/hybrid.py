@@ -5,8 +5,8 @@
     python bench/hybrid.py --language-model DIR              # an earlier run's, instead of a new one
     python bench/hybrid.py --from bench/results/hybrid.jsonl --plot picture.png    # draws it again
 
-A small Llama is trained on the standard library's text and frozen (bench/hybrid_lm.py). Then each of these is trained by
-train/hybrid.py's loop on the same examples in as many steps, and answers 200 prompts, greedily. No prompt, nor the one
+A small Llama is trained on the standard library's text and frozen (bench/hybrid_lm.py). Then each of these is trained
+by train/hybrid.py's loop on the same examples in as many steps, and answers 200 prompts, greedily. No prompt, nor the one
 with its operands exchanged, was trained on.
 
     LM only             as it is
@@ -47,7 +47,8 @@ TASK = "toy_addition:2"
 N_TEST = 200
 SEGMENTS = tuple(range(1, 9))
 COMMON = dict(
-    tasks=TASK, batch_size=64, warmup=30, eval_n=N_TEST, max_new_tokens=5, log_samples_every=0, device="cpu", log_every=100
+    tasks=TASK, batch_size=64, warmup=30, eval_n=N_TEST, max_new_tokens=5, log_samples_every=0, device="cpu",
+    log_every=100,
 )  # fmt: skip
 SYSTEMS = {
     "hybrid": dict(
@@ -76,7 +77,8 @@ def train(name: str, lm: str, out: str, steps: int, seed: int, rank: int) -> dic
     begin = time.perf_counter()
     options = SYSTEMS[name] | ({"lora_rank": rank, "lora_alpha": float(rank)} if name == "LM + LoRA" else {})
     run = HybridRun(
-        model_name=lm, out=f"{out}/{name}", steps=steps, seed=seed, eval_every=steps, save_every=steps, **COMMON, **options
+        model_name=lm, out=f"{out}/{name}", steps=steps, seed=seed, eval_every=steps, save_every=steps,
+        **COMMON, **options,
     )  # fmt: skip
     training = HybridTraining(run)
     found: dict[str, Any] = {"name": name, "trained": training.model.num_parameters(), "segments": run.segments}
@@ -140,7 +142,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found = {job.result()["name"]: job.result() for job in jobs}
     return {
         "environment": environment(torch.device("cpu")), "task": TASK, "n": N_TEST, "steps": options.steps,
-        "batch": COMMON["batch_size"], "seed": options.seed, "lora_rank": rank, "language_model": about, "systems": found,
+        "batch": COMMON["batch_size"], "seed": options.seed, "lora_rank": rank, "language_model": about,
+        "systems": found,
         "seconds": time.perf_counter() - begin,
     }  # fmt: skip
 
@@ -172,8 +175,8 @@ def report(record: dict[str, Any]) -> dict[str, bool]:
     hybrid = record["systems"].get("hybrid")
     if hybrid is None:
         return {}
-    print("accuracy by segments (trained with "
-          f"{hybrid['segments']}): " + "  ".join(f"{n}: {x:.3f}" for n, x in hybrid["by_segments"].items()))  # fmt: skip
+    by_segments = "  ".join(f"{n}: {x:.3f}" for n, x in hybrid["by_segments"].items())
+    print(f"accuracy by segments (trained with {hybrid['segments']}): {by_segments}")
     print("answers: " + "  ".join(hybrid["answers"]))
     conclusions = {
         "the language model alone answers at most 5 %": hybrid["language model alone"] <= 0.05,

@@ -86,6 +86,10 @@ class Tokenizer:
             explicit_n_vocab=self.n_vocab,
         )
 
+    def describe(self) -> dict[str, str | int]:
+        """What a dataset's manifest says of the tokenizer that made it."""
+        return {"name": self.name, "sha256": self.sha256, "vocab_size": self.n_vocab, "eot": self.eot}
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of a text.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,12 @@ def forks(tmp_path_factory):
 
     with Forks(tmp_path_factory.mktemp("logs")) as started:
         yield started
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """As if matplotlib were not installed."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture

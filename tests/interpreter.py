@@ -45,6 +45,7 @@ def correct() -> None:
 
     builder.create_dot, interpreter._convert_float = corrected_dot, corrected_cast
     _patch_once(interpreter)
+    _remember_types(interpreter)
 
 
 def _patch_once(interpreter) -> None:
@@ -76,6 +77,45 @@ def _patch_once(interpreter) -> None:
         return scope
 
     interpreter._patch_lang = once
+
+
+def _remember_types(interpreter) -> None:
+    """Make a type once, not anew for every value that has it, and let shapes that are the same object be: a third."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    new_block, new_tensor = tl.block_type.__init__, tl.tensor.__init__
+    broadcast, numpy_type = TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype
+    blocks: dict[tuple, dict] = {}
+    numpy_types: dict[str, np.dtype] = {}
+
+    def block(self, element_ty, shape) -> None:
+        key = (str(element_ty), *(getattr(size, "value", size) for size in shape))
+        if key not in blocks:
+            new_block(self, element_ty, shape)
+            like = tl.tensor.__new__(tl.tensor)
+            new_tensor(like, None, self)
+            blocks[key] = self.__dict__ | {"of_tensors": {"shape": like.shape, "numel": like.numel}}
+        self.__dict__.update(blocks[key])
+
+    def tensor(self, handle, type) -> None:
+        if not type.is_block():
+            return new_tensor(self, handle, type)
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.__dict__.update(type.of_tensors)
+
+    def unless_alike(self, a, b):
+        alike = a.type.is_block() and b.type.is_block() and a.type.shape is b.type.shape
+        return (a, b) if alike else broadcast(self, a, b)
+
+    def remembered(type):
+        key = str(type)
+        if key not in numpy_types:
+            numpy_types[key] = numpy_type(type)
+        return numpy_types[key]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block, tensor
+    TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype = unless_alike, remembered
 
 
 @contextlib.contextmanager

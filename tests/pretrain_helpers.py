@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,6 +19,8 @@ from hrm_model import HRMConfig, HRMForCausalLM, save_model
 from hrm_model.checkpoint import verify_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "train" / "pretrain.py"
+NO_PICTURES = [pytest.mark.usefixtures("no_pictures"), pytest.mark.filterwarnings("ignore:no dashboard.png")]
+"""Marks of a file whose runs draw none: a picture takes longer than the run. test_first_run.py has it."""
 
 
 def short_run(dataset: Path, model: Path, out: Path) -> list[str]:

@@ -187,6 +187,14 @@ def test_trees_become_conversations_along_the_best_ranked_english_replies():
     assert problems == ["tree unanswered: there is no answer in it"]
 
 
+def test_trees_of_damaged_data_end():
+    def row(name, parent, role):
+        return {"message_id": name, "parent_id": parent, "role": role, "text": role, "lang": "en"}
+
+    rows = [row("q", None, "prompter"), row("q", "q", "assistant")]  # a message that answers itself
+    assert list(oasst_conversations(rows, print)) == [turns("prompter", "assistant")]
+
+
 # --- lengths --------------------------------------------------------------------------------------
 
 
@@ -216,6 +224,20 @@ def test_a_long_conversation_is_split_at_turns_as_many_in_a_part_as_fit(system):
     assert len(parts) > 1 and fitted.cut == fitted.dropped == 0
 
 
+def test_the_work_of_a_split_does_not_grow_with_the_first_turn_times_the_others():
+    class Counting:
+        eot, chars = TOKENIZER.eot, 0
+
+        def encode(self, text):
+            self.chars += len(text)
+            return TOKENIZER.encode(text)
+
+    messages = turns("word " * 4000, "a", *(f"text {i}" for i in range(60)))
+    counting = Counting()
+    assert fit(messages, counting, 100) == fit(messages, TOKENIZER, 100)
+    assert counting.chars < 4 * 20_000  # once as a whole, once alone; what it stands before is short
+
+
 def test_an_answer_too_long_alone_loses_its_end_and_no_loss_looks_at_where_it_ends():
     messages = turns("first", "short", "second", "long " * 100, "third", "short")
     fitted = fit(messages, TOKENIZER, 60)
@@ -230,6 +252,14 @@ def test_a_question_too_long_alone_is_left_out():
     fitted = fit(turns("long " * 100, "a", "b", "c"), TOKENIZER, 60)
     assert (len(fitted.rows), fitted.cut, fitted.dropped) == (1, 0, 1)
     assert fit(turns("long " * 100, "a"), TOKENIZER, 60) == ([], 0, 1)
+
+
+def test_marks_belong_to_the_word_that_they_stand_in():
+    keep = Filter(["कम", "म"])
+    assert keep.reason(turns("a", "यह कम है"))[0] == "word 'कम'"
+    assert not keep.reason(turns("b", "कमी है"))  # a vowel sign after it
+    assert not keep.reason(turns("c", "कीम"))  # and before it
+    assert keep.reason(turns("d", "कमी कम"))[0] == "word 'कम'"  # one further on
 
 
 @settings(max_examples=60, deadline=None)

@@ -100,6 +100,25 @@ def test_known_sets_are_read_from_files_with_their_columns(tmp_path, name, expec
     assert part["name"] == name and re.fullmatch("[0-9a-f]{64}", part["sha256"][0])
 
 
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (5, "a JSON int is no object"),
+        ([[1]], "a JSON list is no object"),
+        ({"text": "a"}, "it lacks ['lang', 'message_id', 'parent_id', 'role']"),
+        ({**SAMPLES["oasst1"][0], "message_id": None}, "message_id is a NoneType"),
+        ({**SAMPLES["oasst1"][0], "parent_id": ["x"]}, "parent_id is a list"),
+        ({**SAMPLES["oasst1"][0], "rank": "1"}, "rank is a str"),
+    ],
+)
+def test_what_is_no_message_of_a_tree_is_reported(tmp_path, row, fault):
+    file = write_lines(tmp_path / "rows.jsonl", [row, *SAMPLES["oasst1"]])
+    prepare_chat(tmp_path / "d", [f"oasst1={file}"], val_fraction=0)
+    assert texts(tmp_path / "d") == ["Human: Hi?\n\nAssistant: Hello!"]
+    report = open_dataset(tmp_path / "d").manifest["report"]["dropped"]["no conversation"]
+    assert report == {"count": 1, "examples": [f"{file}:1: no message of a tree: {fault}"]}
+
+
 def test_mixed_is_all_of_them(tmp_path):
     for name, rows in SAMPLES.items():
         write_lines(tmp_path / f"{name}.jsonl", rows)
@@ -122,6 +141,13 @@ def test_files_of_every_kind_in_a_folder_are_read(tmp_path):
     assert prepare_chat(tmp_path / "d", [str(folder)], val_fraction=0)["conversations"] == 4
     assert texts(tmp_path / "d")[2:] == ["Human: Hi\n\nAssistant: Yo", "Human: x\n\nAssistant: y"]
     assert answers(tmp_path / "d")[2:] == [" Yo\n\n<|endoftext|>", " y\n\n<|endoftext|>"]
+
+
+def test_a_packed_file_without_a_byte_is_reported(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_lines(tmp_path / "in" / "a.jsonl", pairs(2))
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(b"")
+    assert prepare_chat(tmp_path / "d", [str(tmp_path / "in")], val_fraction=0)["dropped"] == {"unreadable": 1}
 
 
 def test_parquet_is_read_or_says_what_it_needs(tmp_path):

@@ -193,9 +193,16 @@ def test_everything_that_is_wrong_with_a_persona_is_one_error(tmp_path):
         ("missing.json", None, "cannot read"),
         ("p.json", '{"name": "' + "x" * 500 + '"}', "at most 400"),
         ("p.json", '{"name": "a\\nb"}', "several lines"),
+        ("p.json", '{"name": "a\\u2028b"}', "several lines"),
+        ("p.json", '{"name": "a\\u0000b"}', r"name has control characters or half ones: 'a\\x00b'"),
+        ("p.json", '{"name": "\\ud83d"}', r"name has control characters or half ones: '\\ud83d'"),
+        ("p.yaml", "name: Fin\ncutoff: 2024-13-01", r"p\.yaml is no YAML: month must be"),
+        ("p.yaml", "[" * 1000, r"p\.yaml is no YAML: maximum recursion"),
     ],
 )
 def test_a_file_that_is_no_persona_says_why(tmp_path, name, content, message):
+    if name.endswith(".yaml"):
+        pytest.importorskip("yaml")
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(PersonaError, match=message):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hrm_model.tokenizer import get_tokenizer
 from hrm_model.training.corpora import PUBLISHED, Corpus, CorpusError, budgets, chosen
 from hrm_model.training.mixture import prepare_mixture
 from hrm_model.training.partial import PartialDataset, work_of
+from hrm_model.training.prepare import prepare as prepare_text
 from hrm_model.training.sampler import Sampler
 from hrm_model.training.shards import ShardError, open_dataset
 from hrm_model.training.stream_split import StreamSplit
@@ -174,6 +176,13 @@ def test_the_summary_has_every_corpus_that_is_there_however_they_were_made(tmp_p
     assert f"| prose | somebody/prose | {COMMIT} |" in table and f"{prose['documents']:,}" in table
 
 
+def test_another_dataset_in_the_place_of_a_corpus_is_missing_in_the_summary(tmp_path, sources):
+    (tmp_path / "some.txt").write_text("hello there\n" * 100)
+    prepare_text(tmp_path / "out" / "code", [str(tmp_path / "some.txt")], workers=1)
+    summary = prepare(tmp_path / "out", sources, only=["prose"])
+    assert [entry["name"] for entry in summary["corpora"]] == ["prose"] and summary["totals"]["missing"] == ["code"]
+
+
 def test_a_finished_corpus_is_left_alone(tmp_path, sources, capsys):
     prepare(tmp_path, sources)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
@@ -289,18 +298,39 @@ def test_what_was_written_after_the_last_save_is_cut_off(tmp_path, sources):
     assert contents(tmp_path / "cut" / "prose") == contents(tmp_path / "whole" / "prose")
 
 
-@pytest.mark.parametrize("damage", ["state", "shard"])
+def _shift_cursor(work):
+    state = json.loads((work / "state.json").read_text())
+    state["state"]["cursor"]["after"]["next"] = 3  # one changed digit: documents would come twice
+    (work / "state.json").write_text(json.dumps(state))
+
+
+def _zero(file):
+    data = file.read_bytes()
+    file.write_bytes(data[:10] + bytes(20) + data[30:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda work: (work / "state.json").write_text("{"),
+        _shift_cursor,
+        lambda work: (work / "dataset" / "train-00000.bin").unlink(),
+        lambda work: _zero(work / "dataset" / "train-00000.bin"),  # full
+        lambda work: _zero(sorted(work.glob("dataset/train-*.bin"))[-1]),  # begun
+    ],
+    ids=["state cut", "cursor altered", "shard gone", "full shard zeroed", "begun shard zeroed"],
+)
 def test_unfinished_work_that_is_damaged_is_an_error_that_overwrite_repairs(tmp_path, sources, damage):
+    options = {"only": ["prose"], "shard_tokens": 900}
+    failing = {"prose": Memory(sources["prose"].texts, [(30, ValueError("x"))])}
     with pytest.raises(CorpusError):
-        prepare(tmp_path, {"prose": Memory(sources["prose"].texts, [(30, ValueError("x"))])}, only=["prose"])
-    if damage == "state":
-        (work_of(tmp_path / "prose") / "state.json").write_text("{")
-    else:
-        (work_of(tmp_path / "prose") / "dataset" / "train-00000.bin").unlink()
+        prepare(tmp_path, failing, **options)
+    assert len(list(work_of(tmp_path / "prose").glob("dataset/train-*.bin"))) > 1
+    damage(work_of(tmp_path / "prose"))
     with pytest.raises(ShardError, match=r"unfinished work for .*prose is damaged .*--overwrite"):
-        prepare(tmp_path, sources, only=["prose"])
-    prepare(tmp_path, sources, only=["prose"], overwrite=True)
-    prepare(tmp_path / "whole", sources, only=["prose"])
+        prepare(tmp_path, sources, **options)
+    prepare(tmp_path, sources, overwrite=True, **options)
+    prepare(tmp_path / "whole", sources, **options)
     assert contents(tmp_path / "prose") == contents(tmp_path / "whole" / "prose")
 
 
@@ -311,6 +341,30 @@ def test_two_processes_do_not_prepare_the_same_corpus(tmp_path, sources):
         pytest.raises(ShardError, match=r"another process is preparing .*prose"),
     ):
         prepare(tmp_path, sources, only=["prose"])
+
+
+def test_the_lock_of_a_process_that_has_just_finished_is_none(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    lock = fcntl.flock
+
+    def late(file, operation):
+        shutil.rmtree(work_of(tmp_path / "prose"))  # between opening the file and locking it
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(ShardError, match="another process is preparing"), PartialDataset(tmp_path / "prose", 100):
+        pass
+
+
+def test_what_is_to_replace_a_finished_corpus_stays_when_the_old_command_is_given_again(tmp_path, sources):
+    prepare(tmp_path, sources, only=["prose"])
+    failing = {"prose": Memory(sources["prose"].texts, [(30, ValueError("x"))])}
+    with pytest.raises(CorpusError):
+        prepare(tmp_path, failing, only=["prose"], seed=1, overwrite=True)
+    prepare(tmp_path, sources, only=["prose"])  # up to date
+    sources["prose"].starts.clear()
+    prepare(tmp_path, sources, only=["prose"], seed=1, overwrite=True)
+    assert sources["prose"].starts == [0] and open_dataset(tmp_path / "prose").manifest["options"]["--seed"] == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits on file size")
@@ -361,6 +415,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         (["--mixture", "published", "--source", "README.md"], "--source does not go with --mixture"),
         (["--mixture", "published", "--val-tokens", "5"], "--val-tokens does not go with --mixture"),
         (["--mixture", "published", "--text-key", "x"], "--text-key does not go with --mixture"),
+        (["--mixture", "published", "--format", "chat"], "--format does not go with --mixture"),
+        (["--mixture", "published", "--drop", "word"], "--drop does not go with --mixture"),
+        (["--mixture", "published", "--block-size", "9"], "--block-size does not go with --mixture"),
+        (["--mixture", "published", "--no-filter"], "--no-filter does not go with --mixture"),
         (["--mixture", "published", "--max-tokens", "0"], "--max-tokens 0 is below 1"),
         (["--mixture", "published", "--only", "fineweb,wiki"], "'wiki' is no corpus of this mixture; it has fineweb"),
         (["--mixture", "published", "--start-from", "x"], "--start-from 'x' is no corpus"),

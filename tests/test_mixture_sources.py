@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from http.client import IncompleteRead
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mixture_helpers import COMMIT, Memory, contents, impatient, jsonl, prepare, some_texts, write
 
@@ -94,6 +96,56 @@ def test_a_file_that_was_cut_is_an_error_that_names_it(tmp_path, layout):
         list(LocalDocuments(CORPUS, [tmp_path]).read({}))
 
 
+def test_a_parquet_file_whose_text_is_not_utf8_is_damaged(tmp_path):
+    needs(".parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet is damaged \('utf-8' codec can't decode"):
+        list(LocalDocuments(CORPUS, [tmp_path]).read({}))
+
+
+@pytest.mark.parametrize("layout", [".jsonl.gz", ".json.zst"])
+def test_a_packed_file_without_a_byte_is_damaged(tmp_path, layout):
+    needs(layout)
+    write(tmp_path / f"a{layout}", [])
+    assert list(LocalDocuments(CORPUS, [tmp_path]).read({})) == []  # no text takes some bytes
+    (tmp_path / f"a{layout}").write_bytes(b"")
+    with pytest.raises(CorpusError, match=rf"a{layout}:1 is damaged \(it is empty\)"):
+        list(LocalDocuments(CORPUS, [tmp_path]).read({}))
+
+
+def test_memory_does_not_follow_how_well_a_file_was_packed(tmp_path):
+    needs(".zst")
+    write(tmp_path / "a.jsonl.zst", ["x" * 1_000_000] * 200)
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 30_000
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in LocalDocuments(CORPUS, [tmp_path]).read({})) == 200
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_of_a_parquet_file_are_read_by_their_size(tmp_path):
+    needs(".parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    # Random, as otherwise the column's size in the file says nothing about the texts'.
+    texts = [np.random.default_rng(i).bytes(1_000_000).hex() for i in range(40)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", write_batch_size=1)
+    before = pyarrow.total_allocated_bytes()
+    seen = [
+        (text == texts[number], pyarrow.total_allocated_bytes() - before)
+        for number, text in LocalDocuments(CORPUS, [tmp_path]).read({})
+    ]
+    assert len(seen) == 40 and all(same for same, _ in seen)
+    assert max(n_bytes for _, n_bytes in seen) < 50_000_000  # all of them take 80
+
+
 @pytest.mark.parametrize("line", [b"{broken", b'["a list"]', b"\xff\xfe{}", b"[" * 100_000])
 def test_a_line_that_is_no_object_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["good"]) + line + b"\n")
@@ -172,6 +224,8 @@ def test_it_is_given_up_after_a_number_of_attempts_and_goes_on_later(tmp_path):
     with pytest.raises(CorpusError, match="at document 90: gave up after 12 attempts: ConnectionError: down; the same"):
         prepare(tmp_path / "cut", {"prose": source}, [CORPUS], val_fraction=0.1, backoff=impatient(slept))
     assert slept == [0.75 * min(120, 2**n) for n in range(11)]
+    (state,) = tmp_path.glob("cut/.prose.partial/state.json")
+    assert json.loads(state.read_text())["state"]["retries"] == 11
     again = Memory(texts)
     prepare(tmp_path / "cut", {"prose": again}, [CORPUS], val_fraction=0.1)
     prepare(tmp_path / "whole", {"prose": Memory(texts)}, [CORPUS], val_fraction=0.1)
@@ -277,6 +331,14 @@ def test_a_revision_that_was_begun_with_is_kept(tmp_path):
     assert manifest["source"]["revision"] == COMMIT
 
 
+def test_another_repository_is_not_read_at_the_commit_of_the_one_before(tmp_path):
+    first = Corpus("prose", "somebody/prose", None, "text", 500, revision=COMMIT)
+    second = Corpus("prose", "somebody/else", None, "text", 500, revision="f" * 40)
+    prepare(tmp_path, {"prose": Memory(some_texts(100))}, [first])
+    summary = prepare(tmp_path, {"prose": Memory(some_texts(100))}, [second], overwrite=True)
+    assert [entry["revision"] for entry in summary["corpora"]] == ["f" * 40]
+
+
 def test_without_the_library_one_line_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['datasets'] = None; from train.prepare import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--mixture", "published", "--out", str(tmp_path / "out")]
@@ -293,6 +355,8 @@ def test_neither_network_nor_library_is_needed_for_what_is_finished(tmp_path, mo
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     prepare_mixture(tmp_path, [corpus])
     assert "prose is up to date" in capsys.readouterr().err
+    with pytest.raises(CorpusError, match="needs the package datasets: pip install"):
+        prepare_mixture(tmp_path, [corpus], seed=1, overwrite=True)
 
 
 def test_files_in_place_of_the_hub_are_other_inputs(tmp_path):

@@ -196,6 +196,9 @@ def test_gzipped_lines_and_another_key(tmp_path, capsys):
     assert 0 < summary["documents"] < 2000
     assert summary["problems"] == 1
     assert f"cut.jsonl.gz:{summary['documents'] + 1}: and what follows" in capsys.readouterr().err
+    (tmp_path / "cut.jsonl.gz").write_bytes(b"")
+    sources = [tmp_path / "a.jsonl.gz", tmp_path / "cut.jsonl.gz"]
+    assert prepare(tmp_path / "f", sources, text_key="body", workers=1)["problems"] == 1
 
 
 def test_a_file_that_is_not_utf8_is_reported_with_its_line(tmp_path, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from parity import COMPILING
 from pretrain_helpers import (
+    NO_PICTURES,
     assert_same_bits,
     checkpoint_of,
     decided,
@@ -26,54 +27,19 @@ from pretrain_helpers import (
     weights,
 )
 
-from hrm_model import load_model
 from train.pretrain import build, main, parse
+
+pytestmark = NO_PICTURES
 
 
 @pytest.fixture
-def flags(small_dataset, small_model, tmp_path) -> list[str]:
-    return short_run(small_dataset, small_model, tmp_path / "run")
+def flags(tiny_dataset, tiny_model, tmp_path) -> list[str]:
+    return [*short_run(tiny_dataset, tiny_model, tmp_path / "run"), *"--sample-tokens 0".split()]
 
 
 def run_stopped_during(step: int, number: int, flags: list[str]) -> int:
     """Exit status of a run, in this process, that gets signal `number` while it takes step `step`."""
     return signal_during(build(vars(parse(flags))), step, number)()
-
-
-# -- one run -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_learns_and_leaves_metrics_picture_checkpoints_and_its_origin(flags, tmp_path, capsys):
-    out = tmp_path / "run"
-    flags[flags.index("--steps") + 1] = "40"
-    assert main([*flags, "--eval-every", "20", "--save-every", "20"]) == 0
-    train, evals = records(out, "train"), records(out, "eval")
-    assert [r["step"] for r in train] == list(range(1, 41))
-    assert [r["step"] for r in evals] == [20, 40]
-    assert np.mean([r["loss"] for r in train[-5:]]) < train[0]["loss"] - 2
-    assert evals[-1]["val_loss"] < evals[0]["val_loss"] and evals[-1]["bits_per_byte"] > 0
-    assert set(evals[-1]["loss_by_depth"]) == {"1", "2", "3"}
-    assert sum(evals[-1]["depths"].values()) == 4 * 16, "a depth for every prefix"
-    assert set(train[0]["depths"]) <= {"1", "2", "3"} and sum(train[0]["depths"].values()) == 8
-
-    assert (out / "dashboard.png").read_bytes().startswith(b"\x89PNG")
-    origin = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    assert origin["run"]["steps"] == 40 and origin["versions"]["torch"] == torch.__version__
-    model, config = load_model(out)
-    assert config.n_embd == 8 and config.dropout == 0.1
-    assert torch.equal(model.wte.weight, weights(out, 40)["wte.weight"])
-
-    printed = capsys.readouterr().out
-    for expected in ("parameters", "unigram", "bigram", "bits/byte", "tok/s", "left", "sample:", "done: val loss"):
-        assert expected in printed
-    for expected in (
-        "depth random for 13 steps, then head, halting policy at 0.02 nats a step, steered to 1.5 steps",
-        "(at the depth each prefix decides; unigram",
-        "executed steps: mean ",
-        "rivals: fixed depths at equal steps ",
-    ):
-        assert expected in printed
-    assert "MFU" not in printed, "a CPU's peak is not known"
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(flags, tmp_path):
@@ -104,9 +70,9 @@ def test_a_fixed_depth_is_every_rows_depth(flags, tmp_path):
 
 
 @pytest.mark.parametrize(("q", "depth"), [((5.0, -5.0), "1"), ((-5.0, 5.0), "3")])
-def test_the_head_can_set_the_depth_in_training_and_evaluation(flags, small_model, tmp_path, q, depth):
+def test_the_head_can_set_the_depth_in_training_and_evaluation(flags, tiny_model, tmp_path, q, depth):
     """A head that was trained before, and is left as it is now."""
-    start_from(decided(small_model, q, tmp_path / "decided", halting="policy"), flags)
+    start_from(decided(tiny_model, q, tmp_path / "decided", halting="policy"), flags)
     assert main([*flags, "--halting", "none", "--target-steps", "0", "--depth", "head"]) == 0
     for kind in ("train", "eval"):
         assert all({d for d, n in r["depths"].items() if n} == {depth} for r in records(tmp_path / "run", kind))
@@ -146,7 +112,7 @@ def test_fused_on_a_machine_without_a_gpu_says_so_and_trains(flags):
 def test_fused_training_follows_the_same_curve(flags, tmp_path):
     """The whole script with every op a kernel (through the interpreter on a CPU) and with none."""
     flags[flags.index("--dropout") + 1] = "0"
-    flags += "--steps 3 --batch-size 2 --accumulation 1 --eval-every 3 --eval-windows 1 --sample-tokens 1".split()
+    flags += "--steps 3 --batch-size 2 --accumulation 1 --eval-every 3 --eval-windows 1".split()
     for name, fused in (("with", ["--fused=require"]), ("without", [])):
         assert main([*flags, *fused, "--out", str(tmp_path / name)]) == 0
     with_kernels, without = ([r["loss"] for r in records(tmp_path / n, "train")] for n in ("with", "without"))
@@ -344,7 +310,7 @@ def test_resume_falls_back_to_the_newest_intact_checkpoint(flags, tmp_path):
     assert_same_bits(weights(tmp_path / "run", 8), expected)
 
 
-def test_resuming_with_other_options_lists_them(flags, small_dataset, tmp_path, capsys):
+def test_resuming_with_other_options_lists_them(flags, tiny_dataset, tmp_path, capsys):
     assert main(flags) == 0
     assert main([*flags, "--resume", "auto", "--halting", "gain"]) == 1, "the model's file differs, too"
     error = capsys.readouterr().err
@@ -388,8 +354,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(flags, tmp_path, capsys
     assert not (tmp_path / "run" / "checkpoints" / "step-00000002").exists()
 
 
-def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(flags, tmp_path):
+def test_a_disk_that_fills_during_a_save_is_named_and_earlier_checkpoints_stay(small_dataset, small_model, tmp_path):
     """The file size limit stands for a full disk: the write of the weights fails in the middle."""
+    flags = short_run(small_dataset, small_model, tmp_path / "run")
     resource = pytest.importorskip("resource")
     assert main(flags) == 0
     earlier, last = weights(tmp_path / "run", 6), weights(tmp_path / "run", 8)
@@ -457,15 +424,15 @@ def test_bad_options_are_named_and_nothing_is_made(flags, tmp_path, capsys, extr
     assert len(error.splitlines()) <= 3, "a line for each fault"
 
 
-def test_a_model_whose_vocabulary_is_too_small_for_the_data_is_refused(flags, small_model, tmp_path, capsys):
-    shape = json.loads(small_model.read_text()) | {"vocab_size": 300}
+def test_a_model_whose_vocabulary_is_too_small_for_the_data_is_refused(flags, tiny_model, tmp_path, capsys):
+    shape = json.loads(tiny_model.read_text()) | {"vocab_size": 50}
     (tmp_path / "small.json").write_text(json.dumps(shape))
     assert main([*flags, "--config", str(tmp_path / "small.json")]) == 1
-    assert "vocab_size 300" in capsys.readouterr().err
+    assert "vocab_size 50" in capsys.readouterr().err
 
 
-def test_an_impossible_model_lists_its_faults(flags, small_model, tmp_path, capsys):
-    shape = json.loads(small_model.read_text()) | {"n_head": 3, "hrm_max_steps": 0}
+def test_an_impossible_model_lists_its_faults(flags, tiny_model, tmp_path, capsys):
+    shape = json.loads(tiny_model.read_text()) | {"n_head": 3, "hrm_max_steps": 0}
     (tmp_path / "bad.json").write_text(json.dumps(shape))
     assert main([*flags, "--config", str(tmp_path / "bad.json")]) == 1
     error = capsys.readouterr().err

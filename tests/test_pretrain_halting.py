@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pretrain_helpers import assert_same_bits, checkpoint_of, decided, records, short_run, start, start_from, weights
+from pretrain_helpers import (
+    NO_PICTURES,
+    assert_same_bits,
+    checkpoint_of,
+    decided,
+    records,
+    short_run,
+    start,
+    start_from,
+    weights,
+)
 
 from hrm_model import HRMForCausalLM, load_model, save_model
 from hrm_model.exits import exits
@@ -23,13 +32,7 @@ from train.pretrain import build, main, parse
 SEED, WARMUP = 1337, 3
 """Of the runs of this file: a third of their 8 steps, of 8 rows each."""
 HEAD = ("hrm_core.q_head.weight", "hrm_core.q_head.bias")
-pytestmark = pytest.mark.filterwarnings("ignore:no dashboard.png")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """As if matplotlib were not installed: it would take half of the time, and test_pretrain.py has the picture."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+pytestmark = NO_PICTURES
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from checkpoint_helpers import adamw, linux, net, run_python, train
-from pretrain_helpers import SCRIPT, Forks, assert_same_bits, checkpoint_of, records, short_run, weights
+from pretrain_helpers import NO_PICTURES, SCRIPT, Forks, assert_same_bits, checkpoint_of, records, short_run, weights
 
 from hrm_model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
 from train.pretrain import main
 
-pytestmark = [linux, pytest.mark.filterwarnings("ignore:no dashboard.png")]
+pytestmark = [linux, *NO_PICTURES]
 STEPS = 6
 
 
@@ -27,8 +27,7 @@ def short(dataset: Path, model: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture
-def flags(tiny_dataset, tiny_model, tmp_path, monkeypatch) -> list[str]:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def flags(tiny_dataset, tiny_model, tmp_path) -> list[str]:
     return short(tiny_dataset, tiny_model, tmp_path / "run")
 
 

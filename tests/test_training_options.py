@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conversation_datasets import TINY, some_rows, write_chat
-from pretrain_helpers import assert_same_bits, checkpoint_of, records, short_run, weights
+from pretrain_helpers import NO_PICTURES, assert_same_bits, checkpoint_of, records, short_run, weights
 from small_models import thinker
 
 from hrm_model import HRMForCausalLM, load_model, save_model
@@ -27,12 +27,7 @@ from hrm_model.training.schedule import gradient_window, learning_rate
 from train import converse
 from train.pretrain import build, main, parse
 
-pytestmark = pytest.mark.filterwarnings("ignore:no dashboard.png")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+pytestmark = NO_PICTURES
 
 
 @pytest.fixture

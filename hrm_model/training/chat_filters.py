@@ -46,7 +46,7 @@ class Filter:
     """Decides about conversations, one after the other: it remembers them, to know a duplicate.
 
     Args:
-        words: whole words or phrases; a conversation with one of them, in a question or an answer, is dropped.
+        words: whole words or phrases; a conversation with one of them in any message is dropped.
         claims: whether answers are dropped in which the assistant says that it is another one, or of another maker.
         duplicates: whether a conversation that came before is dropped.
 
@@ -71,7 +71,7 @@ class Filter:
             return "empty answer", messages[-2]["content"]
         for message in messages:
             text = _plain(message["content"])
-            if self._words and (found := self._words.search(text)):
+            if self._words and (found := self._word_in(text)):
                 return f"word {' '.join(found[0].lower().split())!r}", _around(text, found)
             is_answer = message["role"] == "assistant"
             if self._claims and is_answer and _NAMED.search(text) and (found := self._claims.search(text)):
@@ -84,6 +84,14 @@ class Filter:
         if digest in self._seen:
             return "duplicate", next(m["content"] for m in messages if m["role"] == "user")
         self._seen.add(digest)
+        return None
+
+    def _word_in(self, text: str) -> re.Match | None:
+        for found in self._words.finditer(text):
+            # For `re` a mark, such as a vowel sign of Devanagari, is no part of a word.
+            around = text[max(0, found.start() - 1) : found.start()] + text[found.end() : found.end() + 1]
+            if not any(unicodedata.category(char).startswith("M") for char in around):
+                return found
         return None
 
 

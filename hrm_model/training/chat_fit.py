@@ -40,8 +40,10 @@ def fit(messages: Messages, tokenizer: Tokenizer, block_size: int) -> Fit:
     first = 1 if messages[0]["role"] == "system" else 0
     head, turns = messages[:first], [messages[i : i + 2] for i in range(first, len(messages), 2)]
     alone = [Row(*encode([*head, *turn], tokenizer)) for turn in turns]
-    # A turn after others takes as many ids whatever they are, since every piece is encoded apart.
-    more = [len(encode([*head, *turns[0], *turn], tokenizer)[0]) - len(alone[0].ids) for turn in turns]
+    # A turn after others takes as many ids whatever they are, since every piece is encoded apart. After a short one:
+    short = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    before = len(encode(short, tokenizer)[0])
+    more = [len(encode([*short, *turn], tokenizer)[0]) - before for turn in turns]
     rows, cut, dropped, i = [], 0, 0, 0
     while i < len(turns):
         if len(alone[i].ids) > limit:

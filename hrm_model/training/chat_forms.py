@@ -71,7 +71,7 @@ def oasst_conversations(rows: Iterable[Mapping[str, Any]], problem: Callable[[st
         replies.sort(key=lambda row: float("inf") if row.get("rank") is None else row["rank"])  # rank 0 is the best
     for root in sorted(children[None], key=lambda row: row["message_id"]):
         path = [root]
-        while replies := children.get(path[-1]["message_id"]):
+        while replies := children.pop(path[-1]["message_id"], None):  # taken out, as damaged data may have circles
             path.append(replies[0])
         try:
             yield messages_of({"messages": [{"role": row["role"], "content": row["text"]} for row in path]})

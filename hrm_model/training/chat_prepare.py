@@ -121,12 +121,7 @@ def prepare_chat(
                 **report.counts(),
             }
             about = {
-                "tokenizer": {
-                    "name": tokenizer.name,
-                    "sha256": tokenizer.sha256,
-                    "vocab_size": tokenizer.n_vocab,
-                    "eot": tokenizer.eot,
-                },
+                "tokenizer": tokenizer.describe(),
                 "source": {"kind": "chat", "paths": names, "parts": [source.description for source in opened]},
                 "options": options,
                 "fingerprint": fingerprint,

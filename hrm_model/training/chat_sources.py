@@ -194,12 +194,21 @@ def _items(rows: Iterator[tuple[str, Any]], trees: bool, name: str, report: Chat
 
 
 def _tree_rows(rows: Iterator[tuple[str, Any]], report: ChatReport) -> Iterator[dict[str, Any]]:
-    needed = {"message_id", "parent_id", "text", "role", "lang"}
     for where, row in rows:
-        if isinstance(row, dict) and needed <= row.keys():
-            yield row
+        if fault := _tree_fault(row):
+            report.drop("no conversation", where, f"no message of a tree: {fault}")
         else:
-            report.drop("no conversation", where, f"no message of a tree: it lacks {sorted(needed - set(row))}")
+            yield row
+
+
+def _tree_fault(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return f"a JSON {type(row).__name__} is no object"
+    if lacking := {"message_id", "parent_id", "text", "role", "lang"} - row.keys():
+        return f"it lacks {sorted(lacking)}"
+    kinds = {"message_id": str, "parent_id": str | None, "rank": float | int | None}
+    wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
+    return f"{wrong[0]} is a {type(row[wrong[0]]).__name__}" if wrong else None
 
 
 def _part_of(folder: Path, name: str) -> Path:
@@ -247,8 +256,11 @@ def _rows_of(file: Path, report: ChatReport) -> Iterator[tuple[str, Any]]:
 
 def _lines_of(file: Path, report: ChatReport) -> Iterator[tuple[str, Any]]:
     number = 0
-    with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as lines:
+    with open(file, "rb") as raw:
+        lines = gzip.GzipFile(fileobj=raw) if file.name.lower().endswith(".gz") else raw
         try:
+            if lines is not raw and not file.stat().st_size:
+                raise EOFError("it is empty")
             for number, line in enumerate(lines, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():

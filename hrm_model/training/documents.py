@@ -21,7 +21,9 @@ SUFFIXES = (".parquet", *(f".{kind}{packed}" for kind in ("jsonl", "json") for p
 _NOT_TEXT = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
 _READ_BYTES = 1 << 16
 _END_BYTES = 1 << 16
+_ZST_BYTES = 1 << 9  # four bytes may stand for a block of 128 KiB: 16 MiB at most come of these
 _PARQUET_ROWS = 256
+_PARQUET_BYTES = 16_000_000
 
 
 class Documents(Protocol):
@@ -98,8 +100,8 @@ class LocalDocuments:
         import pyarrow
 
         try:
-            # A row group can be large; buffered, its column is read in parts.
-            with parquet.ParquetFile(file, buffer_size=1 << 20) as opened:
+            # A row group can be large; buffered, and not pre-buffered, its column is read in parts.
+            with parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as opened:
                 if self._corpus.text_key not in opened.schema_arrow.names:
                     raise self._no_key(str(file), opened.schema_arrow.names)
                 for group in range(opened.num_row_groups):
@@ -108,12 +110,13 @@ class LocalDocuments:
                         skip -= rows
                         continue
                     columns = {"row_groups": [group], "columns": [self._corpus.text_key], "use_threads": False}
-                    for batch in opened.iter_batches(batch_size=_PARQUET_ROWS, **columns):
+                    size = _rows_at_a_time(opened.metadata.row_group(group), self._corpus.text_key)
+                    for batch in opened.iter_batches(batch_size=size, **columns):
                         values = batch.column(0).slice(skip).to_pylist()
                         skip = max(0, skip - batch.num_rows)
                         for value in values:
                             yield value if isinstance(value, str) else None
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowInvalid, UnicodeDecodeError, OSError) as error:
             if getattr(error, "errno", None) is not None:  # of the operating system; without one, of damaged pages
                 raise
             raise self._damaged(str(file), error) from error
@@ -169,8 +172,17 @@ def _ends(file: Path) -> str:
     return digest.hexdigest()
 
 
+def _rows_at_a_time(group: Any, key: str) -> int:
+    """As many rows of a group as have some _PARQUET_BYTES of the column `key` on average."""
+    columns = map(group.column, range(group.num_columns))
+    n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == key)
+    return max(1, min(_PARQUET_ROWS, _PARQUET_BYTES * group.num_rows // max(1, n_bytes)))
+
+
 def _blocks(file: Path, raw: Any) -> Iterator[bytes]:
     suffix = file.suffix.lower()
+    if suffix in (".gz", ".zst") and not file.stat().st_size:  # of no text there would be some bytes
+        raise EOFError("it is empty")
     if suffix == ".zst":
         yield from _zst_blocks(file, raw)
         return
@@ -185,7 +197,7 @@ def _zst_blocks(file: Path, raw: Any) -> Iterator[bytes]:
     # one another, and long-distance matching needs windows of up to 2 GiB to be allowed.
     unpack, rest = None, b""
     try:
-        while block := rest or raw.read(_READ_BYTES):
+        while block := rest or raw.read(_ZST_BYTES):
             if unpack is None:
                 unpack = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             yield unpack.decompress(block)

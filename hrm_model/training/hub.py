@@ -32,6 +32,7 @@ def resolve_revision(corpus: Corpus, revision: str) -> str:
     """The commit that a branch, a tag or a short hash stands for now. Asks the hub, unless it is one already."""
     if is_commit(revision):
         return revision
+    check_installed(corpus)
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(corpus.repository, revision=revision).sha
@@ -45,6 +46,7 @@ class HubDocuments:
     """
 
     def __init__(self, corpus: Corpus, revision: str):
+        check_installed(corpus)
         self._corpus = corpus
         self._revision = revision
         self._next = 0

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from . import hub, mixture_summary
 from .corpora import MIXTURES, Corpus, CorpusError, budgets, check_names, chosen
 from .documents import Documents, LocalDocuments
 from .mixture_books import Books, marked, new_state
-from .partial import PartialDataset, damaged, discard, read_state, work_of
+from .partial import PartialDataset, discard, read_state, work_of
 from .retry import Backoff, PatientReader, patiently
 from .shards import FORMAT_VERSION, MANIFEST, SHARD_TOKENS, TOKEN, ShardError, check_output, open_dataset
 from .tokenise import default_workers, encoded
@@ -209,11 +209,11 @@ class _Job:
         """The commit that an earlier run began or finished with, unless another is asked for; else the hub's now."""
         asked = self._pinned or self.corpus.revision
         before = self._before(overwrite)
-        known = before and before.get("revision")
-        if before and before.get("source") != source and not overwrite:
-            return known  # what differs is about to be said
-        if known and self._pinned in (None, known):
-            return known
+        if before and before.get("source") != source:
+            if not overwrite:
+                return before.get("revision")  # what differs is about to be said
+        elif before and self._pinned in (None, before["revision"]):
+            return before["revision"]
         return patiently(lambda: hub.resolve_revision(self.corpus, asked), self.corpus, backoff)
 
     def _before(self, overwrite: bool) -> dict[str, Any] | None:
@@ -223,10 +223,10 @@ class _Job:
                 return open_dataset(self.out).manifest.get("options", {})
             content = read_state(self.out)
             return content and content["state"]["identity"]
-        except (ShardError, KeyError, TypeError) as error:
+        except ShardError:
             if overwrite:
                 return None
-            raise error if isinstance(error, ShardError) else damaged(self.out, repr(error)) from error
+            raise
 
     def _finished(self, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
         """The entry of a dataset that is there; None when it is to be replaced. Raises ShardError."""
@@ -240,19 +240,21 @@ class _Job:
             if overwrite:
                 return None
             raise _differs(f"{self.out} was made with", manifest.get("options", {}), identity)
-        shutil.rmtree(work_of(self.out), ignore_errors=True)  # of a process killed right after the rename
+        if not (work_of(self.out) / "dataset").exists():  # else it is work on another one, which is to replace this
+            with suppress(ShardError):  # a process about to leave does the same
+                discard(self.out)  # of one that was killed right after the rename
         return self._entry(manifest, True, None, None)
 
     def _check_work(self, identity: dict[str, Any], overwrite: bool) -> None:
         """Unfinished work has to be of the same inputs and options; else it is an error, or discarded."""
         try:
-            content = read_state(self.out)
+            content = read_state(self.out, verify=True)
         except ShardError:
             if not overwrite:
                 raise
             discard(self.out)
             return
-        begun = content and content["state"].get("identity", {})
+        begun = content and content["state"]["identity"]
         if content is None or begun == identity:
             return
         if not overwrite:
@@ -260,7 +262,6 @@ class _Job:
         discard(self.out)
 
     def _about(self, identity: dict[str, Any], books: Books) -> dict[str, Any]:
-        tokenizer = get_tokenizer()
         source = {"mixture": self._mixture, "name": self.corpus.name}
         if self._documents is None:
             source |= {**self.corpus.describe(), "revision": identity["revision"]}
@@ -268,12 +269,7 @@ class _Job:
             source |= {"kind": "local", "paths": self._documents.paths, "sha256": self._documents.fingerprint}
         total, val = books.split.total, books.split.tokens["val"]
         return {
-            "tokenizer": {
-                "name": tokenizer.name,
-                "sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.n_vocab,
-                "eot": tokenizer.eot,
-            },
+            "tokenizer": get_tokenizer().describe(),
             "source": source,
             "options": identity,
             "fingerprint": _fingerprint(identity),

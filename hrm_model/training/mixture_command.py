@@ -12,6 +12,8 @@ from .mixture import VAL_FRACTION, prepare_mixture
 
 OUT = "data/published"
 _FLAGS = ("max_tokens", "only", "start_from", "local", "revision")
+_NOT_OURS = {"source": ["stdlib"], "text_key": "text", "val_tokens": None, "format": "text"}
+_NOT_OURS |= {"block_size": None, "drop": None, "drop_words": None, "no_filter": False}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +42,8 @@ def take_flags(options: dict[str, Any]) -> dict[str, Any]:
 def run(flags: dict[str, Any], options: dict[str, Any]) -> int:
     """Prepare; `options` are the other ones of train/prepare.py. Exit code: 0 done, 1 an error, 130 interrupted."""
     try:
-        for name, default in (("source", ["stdlib"]), ("text_key", "text"), ("val_tokens", None)):
-            if options.get(name, default) != default:
+        for name, default in _NOT_OURS.items():
+            if options[name] != default:
                 raise ValueError(f"--{name.replace('_', '-')} does not go with --mixture; see docs/data.md")
         fraction = options["val_fraction"]
         summary = prepare_mixture(

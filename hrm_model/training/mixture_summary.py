@@ -98,9 +98,11 @@ def _of_dataset(path: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = open_dataset(path).manifest
-        return {"name": name, "up_to_date": True, **of_manifest(manifest), "seconds": None, "retries": None}
-    except (ShardError, KeyError):  # damaged, or some other dataset: not of this mixture
+    except ShardError:  # it is damaged
         return None
+    if "mixture" not in manifest["source"]:  # some other dataset
+        return None
+    return {"name": name, "up_to_date": True, **of_manifest(manifest), "seconds": None, "retries": None}
 
 
 def _markdown(summary: dict[str, Any]) -> str:

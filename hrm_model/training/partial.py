@@ -1,7 +1,8 @@
 """A dataset that grows over several processes' lives: it can be killed at any moment and goes on where it last saved.
 
 .NAME.partial/dataset/train-00000.bin ...   shards, possibly longer than what counts
-             /state.json                    what counts: bytes of each shard, and the caller's own state
+             /state.json                    what counts: tokens and sha256 of each shard, the caller's own state, and
+                                            the sha256 of all of that
              /lock                          held by the process that writes
 NAME/                                       appears when it is complete
 """
@@ -15,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..atomic import CheckpointError, read_json, remove_leftovers, write_file
+from ..atomic import CheckpointError, read_json, remove_leftovers, sync_directory, write_file
 from .shards import TOKEN, Dataset, DatasetWriter, ShardError, check_output
 
 STATE = "state.json"
@@ -67,7 +68,11 @@ class PartialDataset(DatasetWriter):
         for file, _ in self._opened():
             file.flush()
             os.fsync(file.fileno())
-        content = {"writer": {"splits": self._splits, "largest": self._largest}, "state": state}
+        sync_directory(self._temporary)  # a shard may be new in it
+        begun = {name: digest.hexdigest() for name, [(_, digest)] in self._open.items()}
+        content = {"writer": {"splits": self._splits, "begun": begun, "largest": self._largest}, "state": state}
+        content = json.loads(json.dumps(content))  # as it will be read
+        content = {"sha256": _digest(content)} | content
         write_file(self.work / STATE, (json.dumps(content) + "\n").encode(), overwrite=True)
 
     def commit(self, about: dict[str, Any]) -> Dataset:
@@ -107,26 +112,46 @@ def work_of(out: str | Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def read_state(out: str | Path) -> dict[str, Any] | None:
+def read_state(out: str | Path, verify: bool = False) -> dict[str, Any] | None:
     """What save() wrote last for an unfinished dataset, {"writer", "state"}; None without.
 
-    Raises ShardError when it is damaged, or a shard is shorter than what counts of it.
+    verify: compare the sha256 of what counts of every shard as well (reads all of it).
+
+    Raises ShardError when it is damaged, or a shard is shorter than what counts of it or (with verify) altered.
     """
     path = work_of(out) / STATE
     if not path.exists():
         return None
     try:
         content = read_json(path)
-        _ = content["state"], content["writer"]["largest"]
-        for part in content["writer"]["splits"].values():
-            for shard in part["shards"]:
-                file, expected = path.parent / "dataset" / shard["file"], shard["tokens"] * TOKEN.itemsize
-                found = file.stat().st_size if file.exists() else 0
-                if found < expected or ("sha256" in shard and found != expected):
-                    raise damaged(out, f"{file} has {found:,} bytes of {expected:,}")
-    except (CheckpointError, KeyError, TypeError) as error:
-        raise damaged(out, f"{path}: {error}") from error
+    except CheckpointError as error:
+        raise damaged(out, str(error)) from error
+    if content.pop("sha256", None) != _digest(content):
+        raise damaged(out, f"{path} was altered")
+    writer = content["writer"]
+    for name, part in writer["splits"].items():
+        for shard in part["shards"]:
+            file, expected = path.parent / "dataset" / shard["file"], shard["tokens"] * TOKEN.itemsize
+            found = file.stat().st_size if file.exists() else 0
+            if found < expected or ("sha256" in shard and found != expected):
+                raise damaged(out, f"{file} has {found:,} bytes of {expected:,}")
+            if verify and _sha256_of(file, expected) != (shard.get("sha256") or writer["begun"][name]):
+                raise damaged(out, f"{file} was altered")
     return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of(path: Path, n_bytes: int) -> str:
+    """Of the first bytes of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while n_bytes and (block := file.read(min(_BLOCK, n_bytes))):
+            digest.update(block)
+            n_bytes -= len(block)
+    return digest.hexdigest()
 
 
 def discard(out: str | Path) -> None:
@@ -150,6 +175,8 @@ def _locked(path: Path, out: Path) -> Any:
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise FileNotFoundError("the one who had it has finished and removed it")
     except OSError as error:
         file.close()
         raise ShardError(f"another process is preparing {out}; wait for it, or choose another --out") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,10 @@ def _text_faults(what: str, value: Any, required: bool):
         yield f"{what} is a {type(value).__name__}, expected a text"
     elif required and not value.strip():
         yield f"{what} is empty"
-    elif "\n" in value.strip():
+    elif len(value.strip().splitlines()) > 1:
         yield f"{what} has several lines; give one"
+    elif any(unicodedata.category(char) in ("Cc", "Cs") for char in value.strip()):
+        yield f"{what} has control characters or half ones: {value!a}"
     elif len(value) > _LONGEST:
         yield f"{what} has {len(value)} characters, at most {_LONGEST} fit into an answer"
 

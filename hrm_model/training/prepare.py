@@ -134,12 +134,7 @@ def prepare(
                 "problems": report.problems,
             }
             about = {
-                "tokenizer": {
-                    "name": tokenizer.name,
-                    "sha256": tokenizer.sha256,
-                    "vocab_size": tokenizer.n_vocab,
-                    "eot": tokenizer.eot,
-                },
+                "tokenizer": tokenizer.describe(),
                 "source": source.description,
                 "options": options,
                 "fingerprint": fingerprint,

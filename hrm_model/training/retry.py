@@ -43,9 +43,9 @@ class Backoff:
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may well succeed a little later.
 
-    A status decides where there is one: 408, 429 and 5xx pass, other ones last. Then the kind: connections, timeouts
-    and most operating system errors pass; what is not found, not allowed or does not fit on the disk lasts. The first
-    in the chain of causes that says something decides.
+    A status decides where there is one: 408, 425, 429 and 5xx pass, other ones last. Then the kind: connections,
+    timeouts and most operating system errors pass; what is not found, not allowed or does not fit on the disk lasts.
+    The first in the chain of causes that says something decides.
     """
     seen: BaseException | None = error
     for _ in range(10):
@@ -93,7 +93,7 @@ class PatientReader:
     After an error it reads from the last cursor that position() returned, and leaves out what it has given already:
     where a source stands after an error is not relied on.
 
-    Attributes: retries, failures that were overcome.
+    Attributes: retries, how often reading was taken up again.
 
     Iterating raises CorpusError for an error that lasts, or after too many in a row.
     """
@@ -119,8 +119,8 @@ class PatientReader:
                 return
             except Exception as error:
                 failures += 1
-                self.retries += 1
                 _wait(error, failures, f"at document {self._number:,}", self._corpus, self._backoff)
+                self.retries += 1
 
     def position(self) -> Cursor:
         """Where to go on after the last document that was given."""

@@ -128,6 +128,8 @@ class FileSource:
         number = 0
         try:
             lines = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
+            if lines is not raw and not file.stat().st_size:
+                raise EOFError("it is empty")
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

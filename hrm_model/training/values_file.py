@@ -34,5 +34,5 @@ def read_values(path: Path, what: str) -> Any:
         raise ValueError(f"{what} {path} needs PyYAML: pip install pyyaml; or save it as .json") from error
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-01
         raise ValueError(f"{what} {path} is no YAML: {' '.join(str(error).split())}") from error
