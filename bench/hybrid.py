@@ -5,8 +5,8 @@
     python bench/hybrid.py --language-model DIR              # an earlier run's, instead of a new one
     python bench/hybrid.py --from bench/results/hybrid.jsonl --plot picture.png    # draws it again
 
-A small Llama is trained on the standard library's text and frozen (bench/hybrid_lm.py). Then each of these is trained
-by train/hybrid.py's loop on the same examples in as many steps, and answers 200 prompts, greedily. No prompt, nor the one
+A small Llama is trained on the standard library's text and frozen (bench/hybrid_lm.py). Then each is trained by
+train/hybrid.py's loop on the same examples in as many steps, and answers 200 prompts, greedily. No prompt, nor the one
 with its operands exchanged, was trained on.
 
     LM only             as it is
