@@ -59,7 +59,7 @@ def make_language_model(directory: Path, steps: int, seed: int = 0) -> dict[str,
     torch.manual_seed(seed)
     order = torch.randperm(len(texts)).tolist()
     texts = [texts[i] for i in order]
-    tokenizer = make_tokenizer(texts[: len(texts) // 4])
+    tokenizer = make_tokenizer(texts[: len(texts) // 16])
     wanted = (steps * ROWS + HELD_OUT) * WINDOW
     ids: list[int] = []
     for text in texts:

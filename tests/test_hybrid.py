@@ -16,7 +16,7 @@ from hrm_model.hybrid import HybridConfig, HybridModel, LanguageModel, load_lang
 from hrm_model.hybrid.generate import answer_texts, generate
 from hrm_model.hybrid.language_model import check_tokenizer
 from hrm_model.hybrid.losses import token_losses
-from hrm_model.hybrid.pooling import mean_and_last
+from hrm_model.hybrid.pooling import PromptPooling, mean_and_last
 from hrm_model.hybrid.tasks import Example
 from hrm_model.sampling import Sampling
 
@@ -111,6 +111,18 @@ def test_the_controller_sees_neither_answer_nor_padding():
     x = model.pool(model.language.encode(ids, mask), prompts)
     other = torch.where(prompts, ids, 5)
     torch.testing.assert_close(model.pool(model.language.encode(other, mask), prompts), x)
+
+
+def test_a_fitted_pooling_is_white_over_prompts_and_keeps_what_tells_them_apart():
+    pooling = PromptPooling(4, 16)
+    torch.manual_seed(0)
+    common = torch.randn(8) * 100
+    pooled = common + torch.randn(400, 3) * torch.tensor([1.0, 0.1, 0.01]) @ torch.randn(3, 8)  # three directions
+    pooling.fit(pooled)
+    x = pooled @ pooling.mix.weight.T + pooling.mix.bias
+    assert x.mean(0).abs().max() < 2e-2 and x.pow(2).mean().item() == pytest.approx(1, abs=1e-2)
+    s = torch.linalg.svdvals(x)
+    assert (s[:3] / s[0] > 0.97).all() and s[3] / s[0] < 1e-2, "each direction counts as much as the others"
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ logits = head(norm(inject(h, z_H))) + bias(z_H)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from .injectors import VocabularyBias, make_injector
 from .language_model import LanguageModel
 from .lora import add_adapters
 from .losses import token_losses
+from .pooling import mean_and_last
 from .tasks.collate import AnswerBatch
 
 
@@ -123,6 +124,15 @@ class HybridModel(nn.Module):
     def pool(self, h_BTD: Tensor, prompt_BT: Tensor) -> Tensor:
         """[B, T, D] before the final norm -> the controller's input x [B, 1, d_h]."""
         return self.controller.pooling(self.language.norm(h_BTD), prompt_BT)
+
+    @torch.no_grad()
+    def fit_pooling(self, prompts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit the pooling to some prompts, (ids, mask) each a batch padded on either side, before training."""
+        pooled = []
+        for ids, mask in prompts:
+            h = self.language.norm(self.language.encode(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)))
+            pooled.append(torch.cat(mean_and_last(h, mask.bool()), 1))
+        self.controller.pooling.fit(torch.cat(pooled))
 
     def think(self, x: Tensor, segments: int | None = None, decide: bool | None = None) -> Thought:
         """As Controller.think; segments defaults to the configuration's."""

@@ -26,6 +26,8 @@ from .step import HybridData, HybridStep, HybridStepResult
 LONGEST_HRM = 512
 """Tokens of a row that the baseline without a language model takes."""
 EVAL_CSV = "eval.csv"
+FITTED_PROMPTS = 1024
+"""Training prompts that the pooling's matrix is set by before the first step."""
 
 
 class HybridTraining(Training):
@@ -64,6 +66,10 @@ class HybridTraining(Training):
             load_checkpoint(found or run.init_from, self.model, restore_rng=False)
         self.mixture = Mixture(run.task_names, run.seed, run.eval_n)
         self.collator = Collator(tokenizer, window, self.device)
+        if run.system == "hybrid" and not run.init_from and self.checkpoint is None:
+            examples = self.mixture.training(range(FITTED_PROMPTS))
+            groups = (examples[i : i + 64] for i in range(0, len(examples), 64))
+            self.model.fit_pooling(self.collator.prompts([e.prompt for e in group]) for group in groups)
         for example in self.mixture.test:
             self.collator([example])  # raises where one does not fit
         self.data = HybridData(run, self.mixture, self.collator)
