@@ -125,6 +125,20 @@ def test_a_fitted_pooling_is_white_over_prompts_and_keeps_what_tells_them_apart(
     assert (s[:3] / s[0] > 0.97).all() and s[3] / s[0] < 1e-2, "each direction counts as much as the others"
 
 
+def test_the_injection_is_as_large_as_the_states_that_it_goes_into():
+    model, make = hybrid(), collator()
+    prompts = make.prompts([e.prompt for e in EXAMPLES])
+    h = model.language.encode(*prompts, (prompts[1].cumsum(1) - 1).clamp(min=0))
+    model.fit([prompts])
+    sizes = h[prompts[1].bool()].pow(2).mean(-1).sqrt()
+    assert model.injector.size.item() == pytest.approx(sizes.median().item())
+    z_H = torch.randn(2, 1, 16)
+    before = model.injector.memory(z_H)
+    model.injector.size.mul_(3)
+    torch.testing.assert_close(model.injector.memory(z_H), 3 * before)
+    assert "injector.size" in model.state_dict(), "a checkpoint has it"
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """What carries z_H into the language model's last hidden states, before its final norm.
 
-    GRB   h' = h + s(g) W z_H                                          the same bias at every position
-    CAB   M = W_m z_H, m tokens [m, D];  h' = h + s(g) W_o attention(W_q norm(h), W_k M, W_v M)
+    GRB   h' = h + s(g) r W z_H                                        the same bias at every position
+    CAB   M = W_m z_H, m tokens [m, D];  h' = h + s(g) r W_o attention(W_q norm(h), W_k M, W_v M)
     bias  logits' = logits + s(v) W_b z_H                              on the vocabulary, optional
 
-s is the sigmoid, g and v are learned numbers. At s = 0 nothing changes, to the bit.
+s is the sigmoid, g and v are learned numbers; r is the size of the language model's states, measured once before training
+(0.1 in a small model, tens in a large one), so that a learning rate means the same for all. At s = 0 nothing changes, to
+the bit.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ class ResidualBias(nn.Module):
         super().__init__()
         self.project = nn.Linear(config.d_h, width, bias=False)
         self.gate = Gate(config.gate_init)
+        self.register_buffer("size", torch.ones(()))
 
     def memory(self, z_H: Tensor) -> Tensor:
         """[B, 1, d_h] -> [B, 1, D]: what `forward` adds, the same for all positions."""
-        return self.gate() * self.project(z_H)
+        return self.gate() * self.size * self.project(z_H)
 
     def forward(self, h_BTD: Tensor, memory: Tensor) -> Tensor:
         return h_BTD + memory.to(h_BTD.dtype)
@@ -64,6 +67,7 @@ class CrossAttentionBridge(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.gate = Gate(config.gate_init)
+        self.register_buffer("size", torch.ones(()))
 
     def memory(self, z_H: Tensor) -> Tensor:
         """[B, 1, d_h] -> [B, m, 2 D]: keys and values, once for all positions of a prompt."""
@@ -75,7 +79,7 @@ class CrossAttentionBridge(nn.Module):
         q = self._heads(self.query(normed))
         k, v = (self._heads(part) for part in memory.chunk(2, -1))
         heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return h_BTD + (self.gate() * self.out(heads)).to(h_BTD.dtype)
+        return h_BTD + (self.gate() * self.size * self.out(heads)).to(h_BTD.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)

@@ -91,11 +91,11 @@ class HybridModel(nn.Module):
 
     @torch.no_grad()
     def _reset_bridges(self) -> None:
-        """Matrices N(0, 1 / inputs), but those that end in the language model's space: N(0, 0.02)."""
+        """Matrices N(0, 1 / inputs), a tenth of that for those that end in the language model's space."""
         for part in (self.injector, getattr(self, "vocabulary_bias", None)):
             for name, p in part.named_parameters() if part is not None else ():
                 if p.dim() == 2:
-                    p.normal_(0.0, 0.02 if name.startswith(("project", "out")) else p.shape[1] ** -0.5)
+                    p.normal_(0.0, p.shape[1] ** -0.5 * (0.1 if name.startswith(("project", "out")) else 1.0))
                 elif name.endswith("bias"):
                     p.zero_()
 
@@ -126,13 +126,19 @@ class HybridModel(nn.Module):
         return self.controller.pooling(self.language.norm(h_BTD), prompt_BT)
 
     @torch.no_grad()
-    def fit_pooling(self, prompts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the pooling to some prompts, (ids, mask) each a batch padded on either side, before training."""
-        pooled = []
+    def fit(self, prompts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Before training: set the pooling's matrix by some prompts, and the injector's size by their states.
+
+        Args:
+            prompts: (ids, mask) batches, padded on either side.
+        """
+        pooled, sizes = [], []
         for ids, mask in prompts:
-            h = self.language.norm(self.language.encode(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)))
-            pooled.append(torch.cat(mean_and_last(h, mask.bool()), 1))
+            h = self.language.encode(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+            pooled.append(torch.cat(mean_and_last(self.language.norm(h), mask.bool()), 1))
+            sizes.append(h[mask.bool()].float().pow(2).mean(-1).sqrt())
         self.controller.pooling.fit(torch.cat(pooled))
+        self.injector.size.copy_(torch.cat(sizes).median())  # not the mean: first tokens can be a hundred times larger
 
     def think(self, x: Tensor, segments: int | None = None, decide: bool | None = None) -> Thought:
         """As Controller.think; segments defaults to the configuration's."""

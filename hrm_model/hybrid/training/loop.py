@@ -69,7 +69,7 @@ class HybridTraining(Training):
         if run.system == "hybrid" and not run.init_from and self.checkpoint is None:
             examples = self.mixture.training(range(FITTED_PROMPTS))
             groups = (examples[i : i + 64] for i in range(0, len(examples), 64))
-            self.model.fit_pooling(self.collator.prompts([e.prompt for e in group]) for group in groups)
+            self.model.fit(self.collator.prompts([e.prompt for e in group]) for group in groups)
         for example in self.mixture.test:
             self.collator([example])  # raises where one does not fit
         self.data = HybridData(run, self.mixture, self.collator)
