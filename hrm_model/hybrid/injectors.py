@@ -4,9 +4,9 @@
     CAB   M = W_m z_H, m tokens [m, D];  h' = h + s(g) r W_o attention(W_q norm(h), W_k M, W_v M)
     bias  logits' = logits + s(v) W_b z_H                              on the vocabulary, optional
 
-s is the sigmoid, g and v are learned numbers; r is the size of the language model's states, measured once before training
-(0.1 in a small model, tens in a large one), so that a learning rate means the same for all. At s = 0 nothing changes, to
-the bit.
+s is the sigmoid, g and v are learned numbers; r is the size of the language model's states, measured once before
+training (0.1 in a small model, tens in a large one), so that a learning rate means the same for all. At s = 0 nothing
+changes, to the bit.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
 WEAKEST = 1e-3
 """Directions that vary by less than this share of the strongest are noise."""
 
