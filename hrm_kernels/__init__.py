@@ -24,6 +24,7 @@ from .backend import (
     use_backend,
     why_no_kernel,
 )
+from .forest import Forest, forest_attention
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
 from .packed import PackedWeights, linear, packed_weights
 from .past import NewestTokens, Past, Span, StepPast, Tokens
@@ -35,6 +36,7 @@ __all__ = [
     "OPS",
     "BackendError",
     "BlockWeights",
+    "Forest",
     "HRMLoop",
     "LoopResult",
     "LoopWeights",
@@ -52,6 +54,7 @@ __all__ = [
     "choices",
     "current_backend",
     "describe",
+    "forest_attention",
     "halt_margin",
     "halting",
     "linear",

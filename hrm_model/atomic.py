@@ -347,6 +347,15 @@ def _is_abandoned(entry: Path, match: re.Match) -> bool:
     return time.time() - newest > _STALE_AFTER_S
 
 
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Where writing `path` fails within this context, the error names it and the remedy; the system's does not."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error, path, None) from error
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether writing failed for want of space: a full disk, a quota, a limit on file size."""
     return error.errno in _DISK_FULL

@@ -24,8 +24,9 @@ from .config import HRMConfig
 from .host_loop import Batch, host_loop, published_gradient
 
 GRADIENTS = ("replay", "published")
-Pasts = Iterator[ops.Past]
-"""What a cache holds for each block application of a step, in the order in which they come."""
+Pasts = Iterator[ops.Past] | Iterator[ops.Forest]
+"""What attention looks at in each block application of a step, in the order in which they come: what a cache holds, or
+the same forest again and again."""
 
 
 @dataclass

@@ -50,6 +50,8 @@ class Event(NamedTuple):
     """None while the row goes on; "stop" (a string), "stop_token" or "length"."""
     recomputed: bool
     """Whether the window was full: the oldest tokens were dropped and the rest computed anew."""
+    halted: bool = False
+    """Whether the head decided these steps; else they were forced, or all that there are."""
 
 
 @dataclass
@@ -201,7 +203,7 @@ def _run(
             if row.recomputed:
                 row.start = len(row.ids) - limits.window + (limits.drop_oldest - 1 if row.n_new else 0)
         with evaluating(model):
-            tokens, logprobs, steps = engine.next(active, draw_now)
+            tokens, logprobs, steps, halted = engine.next(active, draw_now)
         if not all(map(math.isfinite, logprobs)):
             for row in active:
                 engine.wipe(row)
@@ -210,8 +212,8 @@ def _run(
                 f"the model's logits are not finite (row {bad}): its weights are damaged, or too large for their type"
             )
         events = [
-            _event(row, int(token), logprob, executed, limits)
-            for row, token, logprob, executed in zip(active, tokens, logprobs, steps, strict=True)
+            _event(row, int(token), logprob, executed, decided, limits)
+            for row, token, logprob, executed, decided in zip(active, tokens, logprobs, steps, halted, strict=True)
         ]
         for row, event in zip(active, events, strict=True):
             if event.finish:
@@ -235,7 +237,7 @@ def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) 
     return draw(logits, uniform, sampling, seen, forbidden)
 
 
-def _event(row: Row, token: int, logprob: float, executed: int, limits: _Limits) -> Event:
+def _event(row: Row, token: int, logprob: float, executed: int, halted: bool, limits: _Limits) -> Event:
     """The row with its new token."""
     row.ids.append(token)
     if row.seen is not None:
@@ -250,7 +252,7 @@ def _event(row: Row, token: int, logprob: float, executed: int, limits: _Limits)
         finish = "stop" if stopped else "length" if row.n_new >= limits.max_new_tokens else None
     if finish in ("stop_token", "length"):
         text += row.text.finish()
-    return Event(row.number, token, text, logprob, executed, finish, row.recomputed)
+    return Event(row.number, token, text, logprob, executed, finish, row.recomputed, halted)
 
 
 def _rows(model: HRMForCausalLM, prompts, seed, force_steps, max_steps: int | None) -> list[Row]:

@@ -97,6 +97,11 @@ def test_a_wrong_command_line_is_one_line_with_the_nearest_right_word(hrm, saved
         assert status == 2 and not out and err.count("\n") == 1 and message in err
 
 
+def test_a_negative_number_or_range_is_no_flag():
+    given = ["--halt-bias", "-2:2:0.5", "--halt_bias", "-inf", "-x", "-1", "--", "--y", "-.5"]
+    assert with_dashes(given) == ["--halt-bias=-2:2:0.5", "--halt-bias=-inf", "-x", "-1", "--", "--y", "-.5"]
+
+
 def test_flags_may_be_written_as_the_published_scripts_do(hrm, saved):
     assert with_dashes(["--max_tokens=a_b", "x_y", "--", "--a_b"]) == ["--max-tokens=a_b", "x_y", "--", "--a_b"]
     published = (

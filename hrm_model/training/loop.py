@@ -40,10 +40,10 @@ from .head import HeadTraining
 from .interrupt import Interrupt
 from .metrics import MetricsLog, Trackers
 from .optim import build_optimizer
-from .provenance import RUN_FILE, add_resume, write_provenance
+from .provenance import add_resume, has_provenance, write_provenance
 from .recipes import TrainConfig
 from .reports import depth_plan, evaluation, missed_target
-from .rundir import RunLock, find_checkpoint, make_directory
+from .rundir import RunLock, contents, find_checkpoint, make_directory
 from .stage_data import open_stage_data
 from .step import DataError, NotFiniteError, StepResult, TrainingStep
 
@@ -73,7 +73,7 @@ class Training:
         self.kernels = choose_kernels(run.fused, self.device)
         if run.deterministic:
             make_deterministic()
-        self.checkpoint = self.ranks.first(lambda: find_checkpoint(self.out, run.resume, run.overwrite))
+        self._contents, self.checkpoint = self.ranks.first(self._look_at_directory)
         torch.manual_seed(run.seed)
         self._assemble(shape)
         self.step = self.saved_step = 0
@@ -124,6 +124,11 @@ class Training:
         if not self.run.init_from or self.checkpoint is not None:
             return HRMForCausalLM(self.run.model_config(shape)).to(self.device)
         loaded, config = load_model(self.run.init_from)
+        if bad := [name for name, p in loaded.named_parameters() if not p.isfinite().all()]:
+            raise ValueError(
+                f"--init-from {self.run.init_from} has weights that are not finite, in {bad[0]} and {len(bad) - 1} "
+                "other tensors; start from an earlier checkpoint"
+            )
         model = HRMForCausalLM(self.run.model_config(config.to_dict()))
         model.load_state_dict(loaded.state_dict())
         return model.to(self.device)
@@ -141,14 +146,21 @@ class Training:
         keys = ("source", "fingerprint", "tokenizer")
         return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.data.datasets]
 
+    def _look_at_directory(self) -> tuple[set[str], Path | None]:
+        return contents(self.out), find_checkpoint(self.out, self.run.resume, self.run.overwrite)
+
     def _take_directory(self) -> None:
         self._lock = RunLock(self.out)
+        if contents(self.out) != self._contents:
+            raise ValueError(
+                f"another process trained in --out {self.out} while this one started; run the command again"
+            )
         if self.checkpoint is None:
             make_directory(self.out, self.run.overwrite)
 
     def _resume(self, path: Path) -> None:
         state = read_json(path / "state.json")
-        changed = self.run.differences(state["run"])
+        changed = self.run.differences(state["run"], state["step"])
         if state["data"] != self.data.fingerprints:
             changed.append("--data has other content than when the run began")
         if changed:
@@ -160,6 +172,10 @@ class Training:
         state = load_checkpoint(path, self.model, self.optimizer)
         if self.average is not None:
             load_average(path, self.average.average)
+        if self.run.batch_size != state["run"]["batch_size"]:
+            warnings.warn(
+                "other micro-batches than the run's: the same rows in each step, but not the same bits", stacklevel=2
+            )
         if state["threads"] != torch.get_num_threads() and self.device.type == "cpu":
             warnings.warn(
                 f"the run used {state['threads']} threads and this process {torch.get_num_threads()}: it continues, "
@@ -167,7 +183,8 @@ class Training:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.step = self.saved_step = state["step"]
+        self.step, self.val_loss = state["step"], state["val_loss"]
+        self.saved_step = self.step
         self.price.value = state["price"]
         self.start_loss, self.ended_early = state.get("start_loss"), state.get("ended_early", False)
         self._say(f"resumed from {path} (step {self.step})")
@@ -187,7 +204,7 @@ class Training:
             return 0
         self.metrics, self.trackers = None, None
         if self.ranks.is_first:
-            if not (self.out / RUN_FILE).exists() or self.checkpoint is None:
+            if self.checkpoint is None or not has_provenance(self.out):
                 write_provenance(self.out, asdict(run), self.config.to_dict(), self._data_summary())
             self.metrics = MetricsLog(self.out / "metrics.jsonl", self.step)
         if self.ranks.first(self._has_finished):
@@ -253,6 +270,14 @@ class Training:
             if record is None:
                 return
             self.start_loss = _guarded(record)
+        if 0 < self.step < run.steps and self.step % run.eval_every == 0 and self.val_loss is None:
+            # a signal came before this evaluation was over; without it --max-rise would miss a look
+            record = self._evaluate(stop)
+            if record is None:
+                return
+            self._guard(record)
+            if not self.ended_early:
+                self._save()
         clock = Clock(self.step)
         recent: list[StepResult] = []
         stopped = False

@@ -105,4 +105,4 @@ def run(given: dict[str, Any]) -> int:
 
         return HybridTraining(options(given))
 
-    return run_built(build)
+    return run_built(build, "hybrid")
