@@ -157,8 +157,8 @@ def _explained(error: Exception, stage: str) -> str | None:
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
         if stage == "hybrid":
             return (
-                f"out of memory ({text.splitlines()[0]}); start anew with a lower --batch-size and --accumulation raised in "
-                "proportion, or with --dtype bfloat16"
+                f"out of memory ({text.splitlines()[0]}); start anew with a lower --batch-size and --accumulation "
+                "raised in proportion, or with --dtype bfloat16"
             )
         smaller = "a lower --batch-size and --accumulation raised in proportion" if stage == "pretrain" else ""
         return (
