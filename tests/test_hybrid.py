@@ -16,8 +16,9 @@ from hrm_model.hybrid import HybridConfig, HybridModel, LanguageModel, load_lang
 from hrm_model.hybrid.generate import answer_texts, generate
 from hrm_model.hybrid.language_model import check_tokenizer
 from hrm_model.hybrid.losses import token_losses
-from hrm_model.hybrid.pooling import PromptPooling, mean_and_last
+from hrm_model.hybrid.pooling import mean_and_last
 from hrm_model.hybrid.tasks import Example
+from hrm_model.hybrid.whitening import whiten
 from hrm_model.sampling import Sampling
 
 EXAMPLES = [Example("12+34=", "46", "t"), Example("7+8=", "15", "t"), Example("100+1=", "101", "t")]
@@ -113,29 +114,32 @@ def test_the_controller_sees_neither_answer_nor_padding():
     torch.testing.assert_close(model.pool(model.language.encode(other, mask), prompts), x)
 
 
-def test_a_fitted_pooling_is_white_over_prompts_and_keeps_what_tells_them_apart():
-    pooling = PromptPooling(4, 16)
+def test_a_whitened_map_keeps_what_tells_vectors_apart():
+    linear = nn.Linear(8, 16)
     torch.manual_seed(0)
     common = torch.randn(8) * 100
-    pooled = common + torch.randn(400, 3) * torch.tensor([1.0, 0.1, 0.01]) @ torch.randn(3, 8)  # three directions
-    pooling.fit(pooled)
-    x = pooled @ pooling.mix.weight.T + pooling.mix.bias
-    assert x.mean(0).abs().max() < 2e-2 and x.pow(2).mean().item() == pytest.approx(1, abs=1e-2)
-    s = torch.linalg.svdvals(x)
+    sample = common + torch.randn(400, 3) * torch.tensor([1.0, 0.1, 0.01]) @ torch.randn(3, 8)  # three directions
+    whiten(linear, sample)
+    y = linear(sample).detach()
+    assert y.mean(0).abs().max() < 2e-2 and y.pow(2).mean().item() == pytest.approx(1, abs=1e-2)
+    s = torch.linalg.svdvals(y)
     assert (s[:3] / s[0] > 0.97).all() and s[3] / s[0] < 1e-2, "each direction counts as much as the others"
+    before = linear.weight.clone()
+    whiten(linear, common.expand(9, 8))
+    assert torch.equal(linear.weight, before), "there is nothing to tell apart"
 
 
-def test_the_injection_is_as_large_as_the_states_that_it_goes_into():
-    model, make = hybrid(), collator()
-    prompts = make.prompts([e.prompt for e in EXAMPLES])
-    h = model.language.encode(*prompts, (prompts[1].cumsum(1) - 1).clamp(min=0))
-    model.fit([prompts])
-    sizes = h[prompts[1].bool()].pow(2).mean(-1).sqrt()
+def test_pooling_and_injector_are_fitted_to_examples():
+    model, batch = hybrid(injector="cab"), collator()(EXAMPLES)
+    h = model.language.encode(batch.ids, batch.mask)
+    model.fit([batch, batch])
+    x = model.pool(h, batch.prompt)
+    assert x.mean(0).abs().max() < 1e-2 and x.pow(2).mean().item() == pytest.approx(1, rel=1e-2)
+    states = torch.cat([h[row, n - 1 : m - 1] for row, (n, m) in enumerate(zip((6, 4, 6), (9, 7, 10), strict=True))])
+    sizes = states.pow(2).mean(-1).sqrt()
     assert model.injector.size.item() == pytest.approx(sizes.median().item())
-    z_H = torch.randn(2, 1, 16)
-    before = model.injector.memory(z_H)
-    model.injector.size.mul_(3)
-    torch.testing.assert_close(model.injector.memory(z_H), 3 * before)
+    queries = model.injector.query(states / sizes[:, None]).detach()
+    assert queries.mean(0).abs().max() < 1e-2 and queries.pow(2).mean().item() == pytest.approx(1, rel=2e-2)
     assert "injector.size" in model.state_dict(), "a checkpoint has it"
 
 
@@ -320,7 +324,7 @@ def test_cab_is_attention_over_its_memory_tokens():
     h, z_H = torch.randn(2, 5, 32), torch.randn(2, 1, 16)
     tokens = part.make_tokens(z_H).view(2, 3, 32)
     k, v = (tokens @ w.T for w in part.key_value.weight.chunk(2))
-    q = (h * h.pow(2).mean(-1, keepdim=True).add(torch.finfo().eps).rsqrt()) @ part.query.weight.T
+    q = (h * h.pow(2).mean(-1, keepdim=True).add(torch.finfo().eps).rsqrt()) @ part.query.weight.T + part.query.bias
     weights = (q @ k.transpose(1, 2) / 32**0.5).softmax(-1)
     wanted = h + 0.5 * (weights @ v) @ part.out.weight.T  # sigmoid(0) = 0.5; one head, as 32 channels have
     torch.testing.assert_close(part(h, part.memory(z_H)), wanted, rtol=1e-4, atol=1e-4)

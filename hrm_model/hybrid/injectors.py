@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HybridConfig
+from .whitening import whiten
 
 
 class Gate(nn.Module):
@@ -52,6 +53,11 @@ class ResidualBias(nn.Module):
     def forward(self, h_BTD: Tensor, memory: Tensor) -> Tensor:
         return h_BTD + memory.to(h_BTD.dtype)
 
+    @torch.no_grad()
+    def fit(self, h_ND: Tensor) -> None:
+        """Set r by states [N, D] that answers are predicted from."""
+        self.size.copy_(typical_size(h_ND))
+
 
 class CrossAttentionBridge(nn.Module):
     """CAB: token states attend to m tokens made of z_H, so that each position can take something else from it."""
@@ -63,7 +69,7 @@ class CrossAttentionBridge(nn.Module):
         self.n_tokens, self.width = config.memory_tokens, width
         self.n_heads = max(n for n in range(1, max(1, width // self.HEAD_DIM) + 1) if width % n == 0)
         self.make_tokens = nn.Linear(config.d_h, config.memory_tokens * width)
-        self.query = nn.Linear(width, width, bias=False)
+        self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.gate = Gate(config.gate_init)
@@ -75,14 +81,29 @@ class CrossAttentionBridge(nn.Module):
         return self.key_value(tokens)
 
     def forward(self, h_BTD: Tensor, memory: Tensor) -> Tensor:
-        normed = F.rms_norm(h_BTD.to(memory.dtype), (self.width,))
-        q = self._heads(self.query(normed))
+        q = self._heads(self.query(self.normed(h_BTD).to(memory.dtype)))
         k, v = (self._heads(part) for part in memory.chunk(2, -1))
         heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return h_BTD + (self.gate() * self.size * self.out(heads)).to(h_BTD.dtype)
 
+    @torch.no_grad()
+    def fit(self, h_ND: Tensor) -> None:
+        """Set r, and the queries, by states [N, D] that answers are predicted from: positions then ask for
+        different things."""
+        self.size.copy_(typical_size(h_ND))
+        whiten(self.query, self.normed(h_ND))
+
+    def normed(self, h: Tensor) -> Tensor:
+        """What queries are made of: states [.., D] with mean square 1."""
+        return F.rms_norm(h.to(torch.promote_types(h.dtype, torch.float32)), (self.width,))
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+
+def typical_size(h_ND: Tensor) -> Tensor:
+    """Median of the states' root mean squares: not the mean, as first tokens can be a hundred times larger."""
+    return h_ND.float().pow(2).mean(-1).sqrt().median()
 
 
 class VocabularyBias(nn.Module):

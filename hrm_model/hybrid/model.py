@@ -23,6 +23,7 @@ from .lora import add_adapters
 from .losses import token_losses
 from .pooling import mean_and_last
 from .tasks.collate import AnswerBatch
+from .whitening import whiten
 
 
 @dataclass
@@ -126,19 +127,16 @@ class HybridModel(nn.Module):
         return self.controller.pooling(self.language.norm(h_BTD), prompt_BT)
 
     @torch.no_grad()
-    def fit(self, prompts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Before training: set the pooling's matrix by some prompts, and the injector's size by their states.
-
-        Args:
-            prompts: (ids, mask) batches, padded on either side.
-        """
-        pooled, sizes = [], []
-        for ids, mask in prompts:
-            h = self.language.encode(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
-            pooled.append(torch.cat(mean_and_last(self.language.norm(h), mask.bool()), 1))
-            sizes.append(h[mask.bool()].float().pow(2).mean(-1).sqrt())
-        self.controller.pooling.fit(torch.cat(pooled))
-        self.injector.size.copy_(torch.cat(sizes).median())  # not the mean: first tokens can be a hundred times larger
+    def fit(self, batches: Iterable[AnswerBatch]) -> None:
+        """Before training: set the pooling's matrix by these prompts, and the injector by the states that their answers
+        are predicted from."""
+        pooled, states = [], []
+        for batch in batches:
+            h = self.language.encode(batch.ids, batch.mask)
+            pooled.append(torch.cat(mean_and_last(self.language.norm(h), batch.prompt), 1))
+            states.append(_at(h, batch.positions)[batch.targets >= 0])
+        whiten(self.controller.pooling.mix, torch.cat(pooled))
+        self.injector.fit(torch.cat(states))
 
     def think(self, x: Tensor, segments: int | None = None, decide: bool | None = None) -> Thought:
         """As Controller.think; segments defaults to the configuration's."""

@@ -26,8 +26,8 @@ from .step import HybridData, HybridStep, HybridStepResult
 LONGEST_HRM = 512
 """Tokens of a row that the baseline without a language model takes."""
 EVAL_CSV = "eval.csv"
-FITTED_PROMPTS = 1024
-"""Training prompts that the pooling's matrix is set by before the first step."""
+FITTED = 1024
+"""Training examples that pooling and injector are set by before the first step."""
 
 
 class HybridTraining(Training):
@@ -67,9 +67,8 @@ class HybridTraining(Training):
         self.mixture = Mixture(run.task_names, run.seed, run.eval_n)
         self.collator = Collator(tokenizer, window, self.device)
         if run.system == "hybrid" and not run.init_from and self.checkpoint is None:
-            examples = self.mixture.training(range(FITTED_PROMPTS))
-            groups = (examples[i : i + 64] for i in range(0, len(examples), 64))
-            self.model.fit(self.collator.prompts([e.prompt for e in group]) for group in groups)
+            examples = self.mixture.training(range(FITTED))
+            self.model.fit(self.collator(examples[i : i + 64]) for i in range(0, len(examples), 64))
         for example in self.mixture.test:
             self.collator([example])  # raises where one does not fit
         self.data = HybridData(run, self.mixture, self.collator)
