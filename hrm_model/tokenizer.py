@@ -90,6 +90,14 @@ class Tokenizer:
         """What a dataset's manifest says of the tokenizer that made it."""
         return {"name": self.name, "sha256": self.sha256, "vocab_size": self.n_vocab, "eot": self.eot}
 
+    def check_vocabulary(self, vocab_size: int, whose: str) -> None:
+        """Raises ValueError where a model of so many ids cannot read text."""
+        if vocab_size < self.n_vocab:
+            raise ValueError(
+                f"{whose} has vocab_size {vocab_size}, and text needs GPT-2's {self.n_vocab}; "
+                "take a model that was trained on text"
+            )
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of a text.
 

@@ -49,6 +49,11 @@ def test_the_model_is_registered_and_loads_a_checkpoint(place):
     assert isinstance(model, harness.HRMForHarness) and model.scorer.halt_bias == 0.5 and model.max_length == 64
     with pytest.raises(ValueError, match="model_args rows are unknown to hrm"):
         get_model("hrm").create_from_arg_string("pretrained=x,rows=1")
+    with pytest.raises(ValueError, match="dtype 'auto' is none of float32, bfloat16"):
+        get_model("hrm").create_from_arg_string(f"pretrained={place / 'toy'},dtype=auto")
+    save_model(thinker(1, torch.float32), place / "no text")
+    with pytest.raises(ValueError, match="vocab_size 61, and text needs GPT-2's 50257"):
+        get_model("hrm")(pretrained=str(place / "no text"), device="cpu")
 
 
 def test_log_likelihoods_are_those_of_each_row_read_by_prefix(scorer):

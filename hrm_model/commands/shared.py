@@ -161,9 +161,5 @@ def load(args: argparse.Namespace):
         print(
             f"quantised to {how.to}: products with weights and the loop over steps are the reference", file=sys.stderr
         )
-    if config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"{args.ckpt} has vocab_size {config.vocab_size}, and text needs GPT-2's {tokenizer.n_vocab}; "
-            "take a model that was trained on text"
-        )
+    tokenizer.check_vocabulary(config.vocab_size, args.ckpt)
     return model, tokenizer

@@ -38,6 +38,8 @@ FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "mmlu": "mmlu/default"}
 SPLITS = {"arc_easy": "test", "arc_challenge": "test", "gsm8k": "test"}
 """Of tasks that can be read from one file, the split that it scores; the others' is validation."""
 
+DTYPES = ("float32", "bfloat16")
+
 
 class ScorerLM(TemplateLM):
     """Any Scorer of this package as one of the harness's models."""
@@ -115,10 +117,13 @@ class HRMForHarness(ScorerLM):
             from ..tokenizer import get_tokenizer
             from ..training.device import choose_device
 
-            model, _ = load_model(pretrained, choose_device(device or "auto"), getattr(torch, dtype))
-            name = Path(pretrained).name
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+            model, config = load_model(pretrained, choose_device(device or "auto"), getattr(torch, dtype))
+            tokenizer = get_tokenizer()
+            tokenizer.check_vocabulary(config.vocab_size, pretrained)
             scorer = HRMScorer(
-                model, get_tokenizer(), name, rule=rule, max_steps=max_steps, halt_bias=halt_bias,
+                model, tokenizer, Path(pretrained).name, rule=rule, max_steps=max_steps, halt_bias=halt_bias,
                 batch_tokens=batch_tokens,
             )  # fmt: skip
         super().__init__(scorer, END_OF_TEXT)
