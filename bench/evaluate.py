@@ -36,7 +36,7 @@ from hrm_model import HRMConfig, HRMForCausalLM, get_tokenizer, load_model
 from hrm_model.config import PRESETS
 from hrm_model.evaluation.data import examples, places_of
 from hrm_model.evaluation.hrm_scorer import HRMScorer
-from hrm_model.evaluation.results import request_of
+from hrm_model.evaluation.results import requests_of
 from hrm_model.evaluation.tasks import TASKS
 from hrm_model.evaluation.tasks.task import Choices, Question
 
@@ -103,7 +103,7 @@ def compare(model: HRMForCausalLM, task: str, rows: list) -> dict[str, Any]:
     for scorer in (batched, single):
         begin = time.process_time(), time.perf_counter()
         if isinstance(rows[0], Choices):
-            found.append(scorer.score([request_of(scorer, row) for row in rows]))
+            found.append(scorer.score(requests_of(scorer, rows)))
         else:
             prompts = [scorer.encode(row.prompt, is_context=True) for row in rows]
             found.append(scorer.generate(prompts, TASKS[task].max_new_tokens, TASKS[task].stop))

@@ -107,8 +107,35 @@ def test_damaged_weights_are_an_error():
     model = thinker(1)
     with torch.no_grad():
         model.lm_head.weight[0] = math.nan
+    for batched in (True, False):
+        with pytest.raises(ValueError, match="not finite"):
+            HRMScorer(model, None, batched=batched).score(requests(1))
+    model = speaker([1, 2, 3])
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
     with pytest.raises(ValueError, match="not finite"):
-        HRMScorer(model, None).score(requests(1))
+        HRMScorer(model, None).rolling([1, 2])
+
+
+def test_of_equally_likely_tokens_the_first_is_the_greedy_one():
+    model = speaker([3, 4])
+    with torch.no_grad():
+        model.lm_head.weight[7] = model.lm_head.weight[3]
+    for batched in (True, False):
+        found = HRMScorer(model, None, batched=batched).score([Request([1], [[3], [7]])])[0]
+        assert [score.greedy for score in found] == [True, False] and found[0].logprob == found[1].logprob
+
+
+@pytest.mark.parametrize("rule", ["row", "prefix"])
+def test_several_biases_at_once_give_what_each_gives_alone(rule):
+    model, biases = thinker(1), [2.0, -math.inf, 0.0, -0.5, 0.0]
+    asked = requests(8, seed=4)
+    scorer = HRMScorer(model, None, rule=rule, batch_tokens=150)
+    found = scorer.score_at(biases, asked)
+    for bias, of_bias in zip(biases, found, strict=True):
+        same(of_bias, scorer.with_bias(bias).score(asked), 1e-9)
+    means = [np.mean([score.steps for scores in of_bias for score in scores]) for of_bias in found]
+    assert means[0] < means[2] < means[3] < means[1] == S
 
 
 def test_a_forest_shows_each_token_its_stem_and_its_own_branch():
@@ -160,6 +187,24 @@ def test_scores_are_means_over_tokens_and_their_error_is_that_of_a_share():
     assert (result["correct"], result["examples"]) == (2, 3)
     assert result["stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
     assert sum(result["steps"]["histogram"]) == 6
+
+
+def test_of_equal_choices_the_first_is_the_answer(texts):
+    """Twice computed, they round apart."""
+    second, fourth = (
+        evaluate(
+            texts, TASKS["arc_easy"], [Choices(f"Q {i}", ["a b c", " x y", f"z {i}", "x y"], label) for i in range(6)]
+        )
+        for label in (1, 3)
+    )
+    assert second.losses.tolist() == fourth.losses.tolist() and not fourth.right.any()
+    assert len(second.steps.executed) == 24, "each choice is a row all the same"
+
+
+def test_an_example_that_does_not_fit_is_named(texts):
+    rows = [Choices("short", ["a", "b"], 0), Choices("a long one", ["b", "word " * 70], 0)]
+    with pytest.raises(ValueError, match=r"toy, piqa: example 2, 'a long one': a choice of 7\d tokens .* 64 at a time"):
+        evaluate(texts, TASKS["piqa"], rows)
 
 
 # -- perplexity --------------------------------------------------------------------------------------------------------
@@ -247,10 +292,12 @@ def test_text_gives_bits_a_byte(place, capsys, tmp_path):
         (["--tasks", "card", "--halt-bias", "1:2"], "neither a number nor a range"),
         (["--tasks", "card", "--limit", "0"], "--limit 0 must be at least 1"),
         (["--tasks", "card", "--chart", "c.jpg"], r"must end in \.png"),
+        (["--tasks", "card", "--chart", "c.png", "--json", "./c.png"], r"are both c\.png"),
+        (["--tasks", "card", "--json", "{place}", "--overwrite"], "is a directory"),
         (["--tasks", "card", "--stride", "2"], "--stride is of --text"),
         (["--text", "nowhere.txt"], "cannot read --text nowhere.txt"),
         (["--text", "{place}/piqa.jsonl", "--stride", "65"], r"stride 65 must lie in 1\.\.64"),
-        (["--tasks", "card", "--compare", "nowhere/model"], "cannot load nowhere/model|needs transformers"),
+        (["--tasks", "card", "--compare", "./nowhere/model"], "cannot load ./nowhere/model|needs transformers"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(place, capsys, more, message):

@@ -84,6 +84,48 @@ def test_a_model_that_cannot_share_is_read_row_by_row(folders):
         assert [x.logprob for x in a] == pytest.approx([y.logprob for y in b], abs=2e-4)
 
 
+def test_the_check_of_sharing_reads_what_was_kept(folders, monkeypatch):
+    """Choices of one token are predicted by the context alone; whether its keys can be used shows with longer ones."""
+    scorer = HFScorer(str(folders / "gpt2"))
+    cache = type(scorer.model(torch.tensor([[5]]), use_cache=True).past_key_values)
+    monkeypatch.setattr(cache, "batch_select_indices", lambda self, indices: self.crop(0))
+    asked = [Request([5, 6, 7], [[8], [9]]), Request([5, 6, 7], [[8, 9], [9, 8, 7]])]
+    found = scorer.score(asked)
+    assert not scorer._shares
+    alone = HFScorer(str(folders / "gpt2"), batched=False).score(asked)
+    for a, b in zip(found, alone, strict=True):
+        assert [x.logprob for x in a] == pytest.approx([y.logprob for y in b], abs=2e-4)
+
+
+def test_damaged_weights_are_an_error(folders):
+    scorer = HFScorer(str(folders / "pythia"))
+    with torch.no_grad():
+        scorer.model.get_output_embeddings().weight[0] = float("nan")
+    for ask in (
+        lambda: scorer.score(requests()[:1]),
+        lambda: scorer.rolling([5, 6]),
+        lambda: scorer.generate([[5]], 2, ["\n"]),
+    ):
+        with pytest.raises(ValueError, match="not finite"):
+            ask()
+
+
+def test_what_a_folder_sets_for_generation_does_not_change_the_likeliest_token(folders):
+    plain, other = HFScorer(str(folders / "gpt2")), HFScorer(str(folders / "gpt2"))
+    other.model.generation_config.repetition_penalty = 9.0
+    other.model.generation_config.no_repeat_ngram_size = 1
+    found, expected = (scorer.generate([scorer.encode("aaaa")], 8, []) for scorer in (other, plain))
+    assert list(found[0].tokens) == list(expected[0].tokens)
+
+
+def test_a_newline_is_its_own_token_whatever_stands_before_it(folders):
+    """As of Llama, whose tokenizer puts a mark of a space before a text."""
+    scorer = HFScorer(str(folders / "gpt2"))
+    mark, newline = scorer.encode(" ")[0], scorer.encode("\n")[0]
+    scorer.encode = lambda text: [mark, newline]
+    assert scorer._tokens_of("\n") == [newline]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_in_batches_is_that_of_each_prompt_alone(folders, kind):
     batched = HFScorer(str(folders / kind))

@@ -83,6 +83,9 @@ def test_piqas_labels_lie_beside_its_rows(tmp_path):
     (tmp_path / "valid-labels.lst").write_text("0\n1\n")
     found, _ = examples(TASKS["piqa"], places_of([str(tmp_path)], ["piqa"])["piqa"])
     assert [example.label for example in found] == [0, 1]
+    (tmp_path / "valid-labels.lst").write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"valid-labels\.lst is no text in UTF-8"):
+        examples(TASKS["piqa"], tmp_path / "valid.jsonl")
     for labels, message in (("0\n", "has 1 labels, .* more rows"), ("0\n1\n0\n", "has 3 labels, .* 2 rows")):
         (tmp_path / "valid-labels.lst").write_text(labels)
         with pytest.raises(ValueError, match=message):
@@ -98,6 +101,15 @@ def test_mmlus_folder_of_csv_files_is_read_subject_by_subject(tmp_path):
     (tmp_path / "test" / "anatomy_test.csv").write_text("only,five,cells,are,here\n")
     with pytest.raises(ValueError, match=r"anatomy_test\.csv, row 1 is malformed: it has 5 cells"):
         examples(TASKS["mmlu"], tmp_path / "test")
+    for damaged in (b"\xff,a,b,c,d,A\n", b'q,"' + b"x" * 200_000):
+        (tmp_path / "test" / "anatomy_test.csv").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"anatomy_test\.csv, row 1 is unreadable: .*fetch the file again"):
+            examples(TASKS["mmlu"], tmp_path / "test")
+
+
+def test_arcs_label_is_a_name_and_no_place():
+    row = {"question": "Which?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": 2}
+    assert TASKS["arc_easy"].example(row).label == 1
 
 
 def test_rows_without_an_example_are_left_out_and_counted(tmp_path):
@@ -113,7 +125,7 @@ def test_rows_without_an_example_are_left_out_and_counted(tmp_path):
     [
         ("hellaswag", {"label": ""}, "the label is '', none of 0, 1, 2, 3"),
         ("hellaswag", {"label": "4"}, "none of 0, 1, 2, 3"),
-        ("hellaswag", {"endings": "one"}, "'endings' must be a list"),
+        ("hellaswag", {"endings": "one"}, "'endings' is a str, not a list"),
         ("hellaswag", {"ctx": 3}, "'ctx' is a int, not a text"),
         ("piqa", {"label": -1}, "the label is -1"),
         ("piqa", {"goal": None}, "'goal' is a NoneType"),
@@ -122,7 +134,12 @@ def test_rows_without_an_example_are_left_out_and_counted(tmp_path):
         ("nq", {"question": None}, "'question' is a NoneType"),
         ("arc_easy", {"answerKey": "E"}, "the label is 'E', none of A, B"),
         ("arc_easy", {"choices": {"text": ["a"], "label": ["A"]}}, "at least two"),
+        ("arc_easy", {"choices": {"text": "iron", "label": "ABCD"}}, "'text' is a str, not a list"),
+        ("arc_easy", {"choices": {"text": [1, 2], "label": ["A", "B"]}}, "'text' has 1 in it, which is no text"),
+        ("arc_easy", {"answerKey": 1}, "the label is '1', none of A, B"),
+        ("nq", {"answer": [None]}, "'answer' has None in it"),
         ("mmlu", {"choices": ["a", "b"]}, "a list of four texts"),
+        ("mmlu", {"choices": ["a", "b", None, "d"]}, "'choices' has None in it"),
         ("mmlu", {"answer": 4}, "the label is 4"),
         ("gsm8k", {"answer": "42"}, "has no ####"),
     ],

@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args, biases)
     report = _text(args, biases) if args.text is not None else _tasks(args, biases)
     line = json.dumps(report, allow_nan=False)
-    if args.json:
+    if args.json:  # before the chart, which is drawn again more easily than this is computed
         _write(args.json, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode(), args.overwrite)
+    if args.chart:
+        from ..evaluation.chart import chart
+
+        title = f"{report['checkpoint']}: {', '.join(_names(args.tasks, '--tasks'))}, {args.protocol} protocol"
+        _write(args.chart, chart(report["results"], title), args.overwrite)
+        print(f"wrote {args.chart}")
     print(line)
     return 0
 
@@ -128,8 +134,12 @@ def _check(args: argparse.Namespace, biases: list[float | None]) -> None:
             continue
         if not Path(path).parent.is_dir():
             raise ValueError(f"{flag} {path}: {Path(path).parent} is no directory; make it first")
+        if os.path.isdir(path):
+            raise ValueError(f"{flag} {path} is a directory; name a file in it")
         if os.path.lexists(path) and not args.overwrite:
             raise ValueError(f"{flag} {path} already exists; choose another name or pass --overwrite")
+    if args.chart and args.json and os.path.realpath(args.chart) == os.path.realpath(args.json):
+        raise ValueError(f"--json and --chart are both {args.chart}; give each a file of its own")
     if args.chart:
         from ..evaluation.chart import check_matplotlib
 
@@ -145,17 +155,14 @@ def _names(given: str, what: str) -> list[str]:
     return names
 
 
-def _scorers(args: argparse.Namespace, rule: str) -> tuple[Callable[[float | None], Any], list[Any], str]:
-    """(what makes our scorer for a bias, those to compare with, our name)."""
+def _scorers(args: argparse.Namespace, rule: str, bias: float | None) -> tuple[Any, list[Any], str]:
+    """(our scorer at a bias, those to compare with, our name)."""
     from ..evaluation.hrm_scorer import HRMScorer
 
     model, tokenizer = load(args)
     name = Path(os.path.abspath(args.ckpt)).name
-
-    def ours(bias: float | None) -> HRMScorer:
-        options = {"max_steps": args.max_steps, "halt_bias": bias, "batch_tokens": args.batch_tokens}
-        return HRMScorer(model, tokenizer, name, rule=rule, **options)
-
+    options = {"max_steps": args.max_steps, "halt_bias": bias, "batch_tokens": args.batch_tokens}
+    own = HRMScorer(model, tokenizer, name, rule=rule, **options)
     others = []
     if args.compare:
         import torch
@@ -166,7 +173,7 @@ def _scorers(args: argparse.Namespace, rule: str) -> tuple[Callable[[float | Non
         others = [
             HFScorer(n, model.device, getattr(torch, args.dtype), **size) for n in _names(args.compare, "--compare")
         ]
-    return ours, others, name
+    return own, others, name
 
 
 def _tasks(args: argparse.Namespace, biases: list[float | None]) -> dict[str, Any]:
@@ -185,34 +192,29 @@ def _tasks(args: argparse.Namespace, biases: list[float | None]) -> dict[str, An
     places = places_of(args.data, known) if args.data else {}
     if args.protocol == "lm-eval":
         return _harness(args, names, places, biases[0])
-    from ..evaluation.chart import chart
     from ..evaluation.data import examples
     from ..evaluation.report import table
-    from ..evaluation.results import evaluate
+    from ..evaluation.results import evaluate, sweep
 
-    ours, others, name = _scorers(args, "row" if args.protocol == "published" else "prefix")
+    own, others, name = _scorers(args, "row" if args.protocol == "published" else "prefix", biases[0])
     found = {task: examples(TASKS[task], places.get(task), args.limit) for task in names}
     results = []
-    scorers = [*map(ours, biases), *others]
-    for scorer in scorers:
+    for scorer in (own, *others):
+        swept = biases if scorer is own and len(biases) > 1 else [scorer.halt_bias]
         for task, (rows, left_out) in found.items():
             with _progress(len(rows), f"{scorer.name} {task}", " examples") as progress:
-                result = evaluate(scorer, TASKS[task], rows, left_out, progress.update)
-            results.append(result.to_dict() | {"halt_bias": scorer.halt_bias})
+                asked = TASKS[task], rows, left_out, progress.update
+                of_task = sweep(own, swept, *asked) if len(swept) > 1 else [evaluate(scorer, *asked)]
+            results += [one.to_dict() | {"halt_bias": bias} for one, bias in zip(of_task, swept, strict=True)]
     for line in table(results):
         print(line)
     for task, (_, left_out) in found.items():
         if left_out:
             print(f"{task}: {left_out} rows without an example were left out, as published")
-    report = {
-        "checkpoint": name, "protocol": args.protocol, "max_steps": scorers[0].max_steps, "limit": args.limit,
+    return {
+        "checkpoint": name, "protocol": args.protocol, "max_steps": own.max_steps, "limit": args.limit,
         "results": [_finite(result) for result in results],
     }  # fmt: skip
-    if args.chart:
-        title = f"{name}: {', '.join(names)}, {args.protocol} protocol"
-        _write(args.chart, chart(results, title), args.overwrite)
-        print(f"wrote {args.chart}")
-    return report
 
 
 def _harness(args: argparse.Namespace, names: Sequence[str], places: dict, bias: float | None) -> dict[str, Any]:
@@ -221,9 +223,9 @@ def _harness(args: argparse.Namespace, names: Sequence[str], places: dict, bias:
     check_installed()
     from ..evaluation import harness
 
-    ours, _, name = _scorers(args, "prefix")
+    own, _, name = _scorers(args, "prefix", bias)
     begin = time.perf_counter()
-    rows = harness.evaluate(ours(bias), names, places, args.limit)
+    rows = harness.evaluate(own, names, places, args.limit)
     for row in rows:
         stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
         print(f"{row['task']:<20} {row['metric']:<28} {row['value']:.4f}{stderr}")
@@ -240,9 +242,10 @@ def _text(args: argparse.Namespace, biases: list[float | None]) -> dict[str, Any
         raise OSError(f"cannot read --text {args.text}: {error.strerror or error}; give a UTF-8 file") from error
     if not text:
         raise ValueError(f"--text {args.text} is empty; give at least one character")
-    ours, others, name = _scorers(args, "prefix")
+    own, others, name = _scorers(args, "prefix", biases[0])
+    swept = [own.with_bias(bias) for bias in biases] if len(biases) > 1 else [own]
     results = []
-    for scorer in (*map(ours, biases), *others):
+    for scorer in (*swept, *others):
         ids = scorer.encode(text)
         begin = time.perf_counter()
         with _progress(len(ids), scorer.name, " tokens") as progress:

@@ -120,9 +120,17 @@ class _Damaged:
 def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """MMLU as its authors have it: question, four choices and a letter; a file is a subject."""
     subject = file.stem.removesuffix("_test")
+    number = 0
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        for number, cells in enumerate(csv.reader(lines), 1):
-            where = f"{file}, row {number}"
+        rows = csv.reader(lines)
+        while True:
+            number, where = number + 1, f"{file}, row {number + 1}"
+            try:
+                cells = next(rows, None)
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{where} is unreadable: {error}; fetch the file again") from error
+            if cells is None:
+                return
             if len(cells) != 6:
                 raise ValueError(
                     f"{where} is malformed: it has {len(cells)} cells; a row is question, A, B, C, D, answer"
@@ -136,7 +144,10 @@ def _labelled(task: Task, file: Path, rows: Iterator[tuple[str, Any]]) -> Iterat
     if not beside.is_file():
         yield from rows
         return
-    labels = beside.read_text(encoding="utf-8").split()
+    try:
+        labels = beside.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{task.name}: {beside} is no text in UTF-8 ({error}); fetch it again") from error
     number = 0
     for number, (where, row) in enumerate(rows, 1):
         if number > len(labels):

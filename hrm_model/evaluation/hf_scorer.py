@@ -22,6 +22,8 @@ from .requests import Continuation, Progress, Request, Score, cut_from_left
 EXTRA = "pip install 'hrm-kernels[hf]'"
 ALIKE = 1e-3
 """Nats by which a continuation's log-probability may differ between the two ways."""
+PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None}
+"""Of generation, against what some models' folders set: the likeliest token is asked for."""
 LOGIT_ROWS = 64
 """Rows whose logits are there at a time in perplexity."""
 
@@ -95,7 +97,7 @@ class HFScorer:
         for number, request in enumerate(requests):
             by_cut: dict[int, list[int]] = {}
             for choice, ids in enumerate(request.choices):
-                kept = len(cut_from_left(request.context, ids, self.max_length))
+                kept = len(cut_from_left(request.context, ids, self.max_length, request.where))
                 by_cut.setdefault(kept, []).append(choice)
             for kept, choices in by_cut.items():
                 jobs.append((number, list(request.context)[len(request.context) - kept :], choices))
@@ -164,7 +166,8 @@ class HFScorer:
 
     def _agrees(self, request: Request) -> bool:
         """Whether both ways give the same, with a second context beside it that is longer, so that there is padding."""
-        choices = list(request.choices)
+        # one more token for each: of choices of one token nothing would be read from what was kept
+        choices = [[*choice, choice[-1]][: self.max_length - 1] for choice in request.choices]
         context = list(cut_from_left(request.context, max(choices, key=len), self.max_length))
         contexts = [context, context[: max(1, len(context) // 2)]]
         try:
@@ -193,7 +196,7 @@ class HFScorer:
         progress: Progress | None = None,
     ) -> list[Continuation]:
         """The likeliest tokens; see requests.Scorer. A prompt that leaves no room keeps its end."""
-        ends = {self.tokenizer.eos_token_id, *(token for text in stop for token in self.encode(text))} - {None}
+        ends = {self.tokenizer.eos_token_id, *(token for text in stop for token in self._tokens_of(text))} - {None}
         room = max(1, self.max_length - max_new_tokens)
         found = []
         size = max(1, self.batch_tokens // (max(map(len, prompts), default=1) + max_new_tokens)) if self.batched else 1
@@ -205,6 +208,7 @@ class HFScorer:
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                 eos_token_id=sorted(ends), pad_token_id=self._first, output_logits=True, return_dict_in_generate=True,
+                **PLAIN,
             )  # fmt: skip
             logprobs = torch.stack([step.float().log_softmax(-1) for step in out.logits], 1)
             said = out.sequences[:, longest:]
@@ -215,6 +219,10 @@ class HFScorer:
             if progress:
                 progress(len(group))
         return found
+
+    def _tokens_of(self, stop: str) -> list[int]:
+        """The tokens that are this text: some tokenizers put another, which is no text, before it."""
+        return [token for token in self.encode(stop) if stop in self.tokenizer.decode([token])]
 
     @torch.no_grad()
     def rolling(self, ids: Sequence[int], stride: int | None = None, progress: Progress | None = None) -> Rolled:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..depth_statistics import DepthStatistics, rank_correlation
+from .requests import check_finite
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Rolled:
     """[N] float64, nats."""
     steps: np.ndarray | None
     """[N] int64, executed for each token; None of a model without steps."""
+
+    def __post_init__(self):
+        check_finite(self.losses)
 
 
 def windows(ids: Sequence[int], max_length: int, stride: int | None = None) -> Iterator[tuple[Sequence[int], int]]:

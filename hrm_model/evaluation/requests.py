@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for their type"
 Progress = Callable[[int], None]
 """Told how many requests more are done."""
 
@@ -18,6 +20,8 @@ class Request:
     """At least one id."""
     choices: Sequence[Sequence[int]]
     """At least one, each of at least one id."""
+    where: str = ""
+    """What it comes from, for messages."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Score:
     """Executed steps; where each token decides for itself, their mean over its predictions. 0: a model without."""
     published_steps: float
     """The same as the published code counts: one less where the head decided to halt."""
+
+    def __post_init__(self):
+        check_finite([self.logprob])
 
     @property
     def mean_logprob(self) -> float:
@@ -52,6 +59,9 @@ class Continuation:
     """Executed steps of each of these; empty for a model without."""
     published_steps: Sequence[int]
     """The same as the published code counts."""
+
+    def __post_init__(self):
+        check_finite(self.logprobs)
 
 
 class Scorer(Protocol):
@@ -85,16 +95,23 @@ class Scorer(Protocol):
         """See perplexity.py: the loss of every token of a text, and the steps taken for it."""
 
 
-def cut_from_left(context: Sequence[int], choice: Sequence[int], longest: int) -> Sequence[int]:
+def check_finite(nats: Iterable[float]) -> None:
+    """Raises ValueError where a log-probability is none."""
+    if not all(map(math.isfinite, nats)):
+        raise ValueError(NOT_FINITE)
+
+
+def cut_from_left(context: Sequence[int], choice: Sequence[int], longest: int, where: str = "") -> Sequence[int]:
     """The context without as many of its first tokens as context + choice has over `longest`.
 
     Raises:
         ValueError: the choice alone leaves no room for a token of context.
     """
     over = len(context) + len(choice) - longest
+    place = f"{where}: " if where else ""
     if over >= len(context):
         raise ValueError(
-            f"a choice of {len(choice)} tokens leaves no room for context: the model reads {longest} at a time; "
+            f"{place}a choice of {len(choice)} tokens leaves no room for context: the model reads {longest} at a time; "
             "leave the example out, or take a model with a longer block_size"
         )
     return context[max(over, 0) :]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..depth_statistics import rank_correlation
-from .requests import Progress, Request, Scorer
+from .requests import Progress, Request, Score, Scorer
 from .tasks.task import Choices, Question, Task
+
+if TYPE_CHECKING:
+    from .hrm_scorer import HRMScorer
+
+SHOWN_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -91,27 +97,80 @@ def evaluate(
     scorer: Scorer, task: Task, examples: Sequence[Choices | Question], left_out: int = 0,
     progress: Progress | None = None,
 ) -> TaskResult:  # fmt: skip
-    """A model's answers to a task's examples, and what they are worth."""
-    begin = time.perf_counter()
-    answer = _questions if isinstance(examples[0], Question) else _choices
-    right, losses, executed, published, of_example = answer(scorer, task, examples, progress)
+    """A model's answers to a task's examples, and what they are worth.
+
+    Raises:
+        ValueError: logits that are not finite, or a choice too long for the model; names the model and the task.
+    """
+    with _named(scorer, task):
+        begin = time.perf_counter()
+        if isinstance(examples[0], Question):
+            told = _questions(scorer, task, examples, progress)
+        else:
+            told = _choices(examples, scorer.score(requests_of(scorer, examples), progress))
+        return _result(scorer, task, left_out, *told, time.perf_counter() - begin)
+
+
+def sweep(
+    scorer: HRMScorer, halt_biases: Sequence[float], task: Task, examples: Sequence[Choices | Question],
+    left_out: int = 0, progress: Progress | None = None,
+) -> list[TaskResult]:  # fmt: skip
+    """`evaluate` at each bias: choices by the same steps, an equal part of the time counted for each; text is generated
+    for one bias after the other."""
+    if isinstance(examples[0], Question):
+        return [evaluate(scorer.with_bias(bias), task, examples, left_out, progress) for bias in halt_biases]
+    with _named(scorer, task):
+        begin = time.perf_counter()
+        found = scorer.score_at(halt_biases, requests_of(scorer, examples), progress)
+        told = [_choices(examples, of_bias) for of_bias in found]
+        share = (time.perf_counter() - begin) / len(halt_biases)
+        return [_result(scorer, task, left_out, *one, share) for one in told]
+
+
+@contextmanager
+def _named(scorer: Scorer, task: Task) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{scorer.name}, {task.name}: {error}") from error
+
+
+def _result(
+    scorer: Scorer, task: Task, left_out: int, right: list | None, losses: list, executed: list, published: list,
+    of_example: list, seconds: float,
+) -> TaskResult:  # fmt: skip
     steps = None
     if scorer.max_steps:
         correlation = rank_correlation(np.array(of_example), np.array(losses))
         steps = Steps(np.array(executed, dtype=float), np.array(published, dtype=float), correlation, scorer.max_steps)
     right = None if right is None else np.array(right)
-    seconds = time.perf_counter() - begin
     return TaskResult(scorer.name, task, right, np.array(losses), steps, left_out, seconds)
 
 
-def request_of(scorer: Scorer, example: Choices) -> Request:
-    """Context and choices, each encoded by itself; a choice after a space, unless it begins with one."""
-    spaced = [choice if choice.startswith(" ") else f" {choice}" for choice in example.choices]
-    return Request(scorer.encode(example.context, is_context=True), [scorer.encode(choice) for choice in spaced])
+def requests_of(scorer: Scorer, examples: Sequence[Choices]) -> list[Request]:
+    """Context and choices, each encoded by itself; a choice after a space, unless it begins with one. Equal choices are
+    asked for once: twice, their scores may round apart, and then the first would not be the answer."""
+    found = []
+    for number, example in enumerate(examples, 1):
+        choices = [tuple(scorer.encode(choice)) for choice in _different(example)]
+        where = f"example {number}, {example.context[:SHOWN_CHARS]!r}"
+        found.append(Request(scorer.encode(example.context, is_context=True), choices, where))
+    return found
 
 
-def _choices(scorer: Scorer, task: Task, examples: Sequence[Choices], progress: Progress | None):
-    found = scorer.score([request_of(scorer, example) for example in examples], progress)
+def _spaced(choice: str) -> str:
+    return choice if choice.startswith(" ") else f" {choice}"
+
+
+def _different(example: Choices) -> list[str]:
+    return list(dict.fromkeys(map(_spaced, example.choices)))
+
+
+def _choices(examples: Sequence[Choices], found: Sequence[Sequence[Score]]):
+    found = [
+        [scores[_different(example).index(_spaced(choice))] for choice in example.choices]
+        for example, scores in zip(examples, found, strict=True)
+    ]
     right, losses, of_example = [], [], []
     for example, scores in zip(examples, found, strict=True):
         means = [score.mean_logprob for score in scores]

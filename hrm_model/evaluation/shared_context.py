@@ -9,6 +9,9 @@ run once for all trees of a batch together. Who decides how deep:
 
 A branch that is done leaves its tree, a tree without branches the batch. The output blocks run once for each depth in
 use, over stem and the branches that stopped there, and the head only where a token is predicted.
+
+Several halting biases are answered by the same steps: states do not depend on them, only where they are decoded. A
+branch then leaves when it is done for all of them.
 """
 
 from __future__ import annotations
@@ -32,19 +35,25 @@ HEAD_ROWS = 4096
 """Means that the halting head scores at once."""
 
 
+Unit = tuple[int | None, int]
+"""What is decided on: a choice, or None for the stem alone, and how many of its tokens are looked at."""
+Stops = list[tuple[int, bool]]
+"""Biases by which a unit is done, and whether the head decided it."""
+
+
 class Tree:
     """A context and continuations of it, and what is known of them so far."""
 
-    def __init__(self, context: Sequence[int], choices: Sequence[Sequence[int]], rule: str):
+    def __init__(self, context: Sequence[int], choices: Sequence[Sequence[int]], rule: str, n_biases: int = 1):
         self.context, self.choices = list(context), [list(choice) for choice in choices]
         read = [choice if rule == "row" else choice[:-1] for choice in self.choices]
         self.branches = {number: ids for number, ids in enumerate(read) if ids}
         """Of the choices that are read, by number; those that are done are taken out."""
-        self.found: list[list[tuple[float, bool, int, bool]]] = [[] for _ in choices]
-        """Of each choice and token predicted: log-probability, whether it is the likeliest, steps, whether halted."""
+        self.found: list[list[list[tuple[float, bool, int, bool]]]] = [[[] for _ in choices] for _ in range(n_biases)]
+        """Of each bias, choice and token predicted: log-probability, whether it is the likeliest, steps, whether
+        halted."""
         if rule == "row":
-            # (choice that decides or None for the stem, tokens of it that are looked at), what is predicted then
-            self.open = {
+            self.open: dict[Unit, list[tuple[int, int]]] = {  # what is predicted then: choice and place in it
                 (number, len(choice)): [(number, place) for place in range(len(choice))]
                 for number, choice in enumerate(self.choices)
             }
@@ -52,26 +61,39 @@ class Tree:
             self.open = {(None, 0): [(number, 0) for number in range(len(choices))]}
             for number, choice in enumerate(self.choices):
                 self.open |= {(number, place): [(number, place)] for place in range(1, len(choice))}
+        self.undecided = {unit: list(range(n_biases)) for unit in self.open}
+        """The biases by which each of these goes on."""
 
-    def scores(self) -> list[Score]:
+    def stop(self, stopped: dict[Unit, Stops]) -> bool:
+        """Units are done by some biases. Whether one is by all."""
+        for unit, stops in stopped.items():
+            for bias, _ in stops:
+                self.undecided[unit].remove(bias)
+            if not self.undecided[unit]:
+                del self.open[unit], self.undecided[unit]
+        needed = {number for number, _ in self.open}
+        self.branches = {number: ids for number, ids in self.branches.items() if number in needed}
+        return any(unit not in self.open for unit in stopped)
+
+    def scores(self, bias: int = 0) -> list[Score]:
         """Of each choice, when all of them are done."""
         result = []
-        for found in self.found:
+        for found in self.found[bias]:
             logprobs, likeliest, steps, halted = zip(*found, strict=True)
             mean = sum(steps) / len(steps)
             result.append(Score(sum(logprobs), len(found), all(likeliest), mean, mean - sum(halted) / len(halted)))
         return result
 
 
-def trees_of(request: Request, rule: str, block_size: int) -> list[tuple[Tree, list[int]]]:
+def trees_of(request: Request, rule: str, block_size: int, n_biases: int = 1) -> list[tuple[Tree, list[int]]]:
     """A request's trees, each with the numbers of its choices: several where a long choice cuts the context shorter."""
     longest = block_size if rule == "row" else block_size + 1
     by_cut: dict[int, list[int]] = {}
     for number, choice in enumerate(request.choices):
-        by_cut.setdefault(len(cut_from_left(request.context, choice, longest)), []).append(number)
+        by_cut.setdefault(len(cut_from_left(request.context, choice, longest, request.where)), []).append(number)
     context, choices = request.context, request.choices
     return [
-        (Tree(context[len(context) - kept :], [choices[number] for number in numbers], rule), numbers)
+        (Tree(context[len(context) - kept :], [choices[number] for number in numbers], rule, n_biases), numbers)
         for kept, numbers in by_cut.items()
     ]
 
@@ -84,15 +106,16 @@ def score_trees(
     *,
     rule: str,
     max_steps: int,
-    halt_bias: float,
+    halt_biases: Sequence[float],
     n_ids: int,
     packed: ops.PackedWeights,
 ) -> None:
     """Run trees to their end, together; their `found` is filled in.
 
     Args:
-        rule: see above. max_steps, halt_bias: as in HRMForCausalLM.forward. n_ids: the first of the vocabulary's ids,
-            which share the probability. packed: keeps, on a CPU, copies of the weights in a faster layout.
+        rule: see above. max_steps: as in HRMForCausalLM.forward. halt_biases: as many as the trees have. n_ids: the
+            first of the vocabulary's ids, which share the probability. packed: keeps, on a CPU, copies of the weights
+            in a faster layout.
     """
     core = model.hrm_core
     with evaluating(model), ops.packed_weights(packed):
@@ -105,15 +128,19 @@ def score_trees(
         z_H, z_L = core.initial_state(x)
         for step in range(1, max_steps + 1):
             z_H, z_L = core.step(x, z_H, z_L, rotary, None, repeat(layout.forest))
-            halt = layout.decisions(core, z_H, halt_bias) if max_steps > 1 else [False] * len(layout.units)
+            never = [False] * len(halt_biases)
+            halt = layout.decisions(core, z_H, halt_biases) if max_steps > 1 else [never] * len(layout.units)
             last = step == max_steps
-            stopped: dict[int, dict] = {}
+            stopped: dict[int, dict[Unit, Stops]] = {}
             for (tree, unit), halted in zip(layout.units, halt, strict=True):
-                if halted or last:
-                    stopped.setdefault(tree, {})[unit] = halted
+                stops = [(b, halted[b]) for b in layout.trees[tree].undecided[unit] if halted[b] or last]
+                if stops:
+                    stopped.setdefault(tree, {})[unit] = stops
             if stopped:
                 _predict(model, layout, z_H, stopped, step, n_ids)
-                kept = layout.without(stopped)
+                if not any([layout.trees[tree].stop(units) for tree, units in stopped.items()]):
+                    continue
+                kept = layout.left()
                 if kept is None:
                     return
                 layout, tokens = kept
@@ -158,8 +185,8 @@ class Layout:
             return None
         return ops.rope_table(self.forest.position, model.config.head_dim)[None]
 
-    def decisions(self, core, z_H: Tensor, halt_bias: float) -> list[bool]:
-        """Whether each unit halts now, from the mean over its tokens. Waits for the device."""
+    def decisions(self, core, z_H: Tensor, halt_biases: Sequence[float]) -> list[list[bool]]:
+        """Whether each unit halts now, by each bias, from the mean over its tokens. Waits for the device."""
         bounds, lengths = [], []
         for tree, (number, size) in self.units:
             stem = self.start[tree][None]
@@ -175,9 +202,10 @@ class Layout:
         torch.cumsum(z_H[0].to(wide), 0, out=up_to[1:])
         a, b, c, d = (up_to[column] for column in told.unbind(1))
         means = ((b - a + d - c) / n[:, None]).to(torch.promote_types(z_H.dtype, torch.float32))
-        return [
-            yes for part in means[:, None].split(HEAD_ROWS) for yes in core.q_values(part, halt_bias, None)[1].tolist()
-        ]
+        parts = means[:, None].split(HEAD_ROWS)
+        return torch.stack(
+            [torch.cat([core.q_values(part, bias, None)[1] for part in parts]) for bias in halt_biases], 1
+        ).tolist()
 
     def tokens_of(self, of: int, numbers: Sequence[int]) -> list[int]:
         """Where a tree's stem and some of its branches are."""
@@ -187,14 +215,8 @@ class Layout:
             found += range(start[number], start[number] + len(tree.branches[number]))
         return found
 
-    def without(self, stopped: dict[int, dict]) -> tuple[Layout, Tensor] | None:
-        """What is left when units have stopped, and where its tokens were; None where nothing is."""
-        for i, units in stopped.items():
-            tree = self.trees[i]
-            for unit in units:
-                del tree.open[unit]
-            needed = {number for number, _ in tree.open}
-            tree.branches = {number: ids for number, ids in tree.branches.items() if number in needed}
+    def left(self) -> tuple[Layout, Tensor] | None:
+        """What is left when units are done, and where its tokens were; None where nothing is."""
         left = [i for i, tree in enumerate(self.trees) if tree.open]
         if not left:
             return None
@@ -204,7 +226,7 @@ class Layout:
 
 
 def _predict(
-    model: HRMForCausalLM, layout: Layout, z_H: Tensor, stopped: dict[int, dict], steps: int, n_ids: int
+    model: HRMForCausalLM, layout: Layout, z_H: Tensor, stopped: dict[int, dict[Unit, Stops]], steps: int, n_ids: int
 ) -> None:
     """Decode what has stopped, and note what it says of its choices' tokens."""
     which = list(stopped)
@@ -214,13 +236,13 @@ def _predict(
     index = ops.to_device(torch.tensor(tokens, dtype=torch.int64, device="cpu"), layout.device)
     h = model.decode(z_H.index_select(1, index), part.rotary(model), None, repeat(part.forest))[0]
 
-    asked: dict[int, list[tuple[Tree, int, int, bool]]] = {}
+    asked: dict[int, list[tuple[Tree, int, int, Stops]]] = {}
     for here, i in enumerate(which):
         tree, start = part.trees[here], part.start[here]
-        for unit, halted in stopped[i].items():
+        for unit, stops in stopped[i].items():
             for number, place in tree.open[unit]:
                 row = start[number] + place - 1 if place else start[None] + len(tree.context) - 1
-                asked.setdefault(row, []).append((tree, number, tree.choices[number][place], halted))
+                asked.setdefault(row, []).append((tree, number, tree.choices[number][place], stops))
     for rows in (list(asked)[i : i + LOGIT_ROWS] for i in range(0, len(asked), LOGIT_ROWS)):
         at = ops.to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), layout.device)
         logits = model.lm_head(h.index_select(0, at))[:, :n_ids]
@@ -230,8 +252,11 @@ def _predict(
         row_of, target = ops.to_device(torch.tensor(told, dtype=torch.int64, device="cpu"), layout.device)
         chosen, most = logits[row_of, target], logits.amax(-1)
         best = chosen == most[row_of]
+        looked_at = best.nonzero()[:, 0]  # of equals the first, as generation draws; in few rows, as argmax is slow
+        best[looked_at] = logits[row_of[looked_at]].argmax(-1) == target[looked_at]
         # in place: a vocabulary of logits is the largest thing here, and each pass over it counts
         whole = logits.sub_(most[:, None]).exp_().sum(-1).log_().add_(most)
         logprob = chosen - whole[row_of]
-        for (_, (tree, number, _, halted)), p, is_best in zip(entries, logprob.tolist(), best.tolist(), strict=True):
-            tree.found[number].append((p, is_best, steps, halted))
+        for (_, (tree, number, _, stops)), p, is_best in zip(entries, logprob.tolist(), best.tolist(), strict=True):
+            for bias, halted in stops:
+                tree.found[bias][number].append((p, is_best, steps, halted))

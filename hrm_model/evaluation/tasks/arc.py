@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .task import Choices, Hub, Task, label_of, text
+from .task import Choices, Hub, Task, label_of, text, texts_of
 
 
 def example(row: Mapping[str, Any]) -> Choices:
@@ -14,15 +14,15 @@ def example(row: Mapping[str, Any]) -> Choices:
     question, choices = row["question"], row.get("choices")
     if isinstance(question, dict):
         question, choices = text(question, "stem"), question["choices"]
-    if not isinstance(question, str):
-        raise ValueError(f"'question' is a {type(question).__name__}, not a text")
+    else:
+        question = text(row, "question")
     if isinstance(choices, dict):
-        texts, labels = list(choices["text"]), list(choices["label"])
+        texts, labels = texts_of(choices, "text"), texts_of(choices, "label")
     else:
         texts, labels = [text(choice, "text") for choice in choices], [text(choice, "label") for choice in choices]
     if len(texts) < 2 or len(texts) != len(labels):
         raise ValueError(f"'choices' has {len(texts)} texts and {len(labels)} labels; at least two of each are needed")
-    return Choices(f"Question: {question.strip()}\nAnswer:", texts, label_of(row["answerKey"], labels))
+    return Choices(f"Question: {question.strip()}\nAnswer:", texts, label_of(str(row["answerKey"]), labels))
 
 
 def _task(name: str, kind: str) -> Task:

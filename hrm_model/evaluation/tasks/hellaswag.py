@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .task import Choices, Hub, Task, label_of, text
+from .task import Choices, Hub, Task, label_of, text, texts_of
 
 
 def clean(raw: str) -> str:
@@ -17,8 +17,8 @@ def clean(raw: str) -> str:
 
 def example(row: Mapping[str, Any]) -> Choices:
     """ctx and endings."""
-    endings = row["endings"]
-    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(ending, str) for ending in endings):
+    endings = texts_of(row, "endings")
+    if len(endings) < 2:
         raise ValueError("'endings' must be a list of at least two texts")
     label = label_of(row["label"], [str(number) for number in range(len(endings))])
     return Choices(clean(text(row, "ctx")), [clean(ending) for ending in endings], label)

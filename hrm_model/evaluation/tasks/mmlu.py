@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .task import Choices, Hub, Task, label_of, text
+from .task import Choices, Hub, Task, label_of, text, texts_of
 
 LETTERS = ("A", "B", "C", "D")
 
 
 def example(row: Mapping[str, Any]) -> Choices:
     """question, choices and answer; the subject goes into the first line where there is one."""
-    choices = row["choices"]
-    if not isinstance(choices, list) or len(choices) != 4:
+    choices = texts_of(row, "choices")
+    if len(choices) != 4:
         raise ValueError("'choices' must be a list of four texts")
     subject = str(row.get("subject") or "").replace("_", " ")
     about = f" about {subject}" if subject else ""

@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .task import Hub, Question, Task, text
+from .task import Hub, Question, Task, text, texts_of
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -30,15 +30,14 @@ def is_right(said: str, answers: Sequence[str]) -> bool:
 
 def example(row: Mapping[str, Any]) -> Question | None:
     """question and answer; None where one is empty, as published."""
-    question, answers = text(row, "question").strip(), row["answer"] if "answer" in row else row["answers"]
+    question, key = text(row, "question").strip(), "answer" if "answer" in row else "answers"
+    answers = row[key]
     if isinstance(answers, str):
         try:
             answers = json.loads(answers)
         except ValueError:
             answers = [answers]
-    if not isinstance(answers, list):
-        raise ValueError(f"'answer' is a {type(answers).__name__}, not a list of texts")
-    answers = [str(answer).strip() for answer in answers if str(answer).strip()]
+    answers = [answer.strip() for answer in texts_of({key: answers}, key) if answer.strip()]
     return Question(f"Question: {question}\nAnswer:", answers) if question and answers else None
 
 

@@ -77,6 +77,17 @@ def text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def texts_of(row: Mapping[str, Any], key: str) -> list[str]:
+    """A row's list of texts; ValueError where it is something else."""
+    value = row[key]
+    if not isinstance(value, list):
+        raise ValueError(f"{key!r} is a {type(value).__name__}, not a list of texts")
+    wrong = [one for one in value if not isinstance(one, str)]
+    if wrong:
+        raise ValueError(f"{key!r} has {wrong[0]!r} in it, which is no text")
+    return value
+
+
 def label_of(value: Any, names: Sequence[str]) -> int:
     """The place of a label, given as a number from 0 or as one of `names`; ValueError where it is neither."""
     if isinstance(value, str) and value.strip() in names:
