@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     from ..serve.scheduler import Scheduler, places_that_fit
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    # a line for each request that is no HTTP would let anybody fill a disk
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = model.config
     if args.max_tokens is not None and args.max_tokens >= config.block_size:
         raise ValueError(f"--max-tokens {args.max_tokens} must be below the model's window of {config.block_size}")

@@ -74,7 +74,10 @@ def make_app(scheduler: Scheduler, limits: Limits, seconds: float) -> FastAPI:
         reply = Reply(asked, limits.model, scheduler.tokenizer)
         if asked.stream:
             return Stream(running, reply)
-        return JSONResponse(await running.whole(reply, request.receive))
+        try:
+            return JSONResponse(await running.whole(reply, request.receive))
+        except ConnectionError:
+            return Response(status_code=499)  # nginx's number for a client that is gone; nobody reads it
 
     @app.post("/v1/completions")
     async def completions(request: Request):

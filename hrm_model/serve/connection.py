@@ -35,6 +35,18 @@ class Connection(H11Protocol):
         self._head_is_here()  # what limits the time until the next one is keep-alive
         super().on_response_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP. Who is answering an earlier part of it is told that the client is gone: uvicorn would
+        let it run into an error with a traceback, as often as anybody likes."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if answering and self.cycle.response_started:
+            self.abort()
+        else:
+            super().send_400_response(msg)
+
     def abort(self) -> None:
         """Close at once, whatever is still to be sent."""
         self.transport.abort()

@@ -18,6 +18,8 @@ CLOSING_SECONDS = 2
 """That clients have to take their last bytes when the time for answers is over."""
 KEEP_ALIVE_SECONDS = 15
 MOST_CONNECTIONS = 512
+SEND_BUFFER = 65_536
+"""Bytes that the kernel keeps of a connection for a client that does not read; left to itself it takes megabytes."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,6 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
         bound.bind(address)
         bound.listen(MOST_CONNECTIONS)
     except OSError as error:
@@ -97,6 +100,7 @@ class Service:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSING_SECONDS,
             limit_concurrency=MOST_CONNECTIONS,
