@@ -26,6 +26,10 @@ ROW_STREAM = 8
 BATCH_STREAM = 9
 PHRASE_STREAM = 10
 """What an identity's questions and answers are composed of."""
+TASK_STREAM = 13
+"""The operands of toy sums, and the seeds of reasoning-gym's datasets."""
+TASK_CHOICE_STREAM = 14
+"""Which task a sample is of."""
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:

@@ -73,7 +73,9 @@ def compare(
             for start in range(0, len(given), LOGIT_ROWS):
                 part = slice(start, start + LOGIT_ROWS)
                 p, q = (log_probs(m, d.h[part], n_ids) for m, d in zip((model, quantised), both, strict=True))
-                found.kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                # normalised anew in float64: float32's sums are off by 1e-7, below zero as often as above
+                wide_p, wide_q = (each.double().log_softmax(-1) for each in (p, q))
+                found.kl += float((wide_p.exp() * (wide_p - wide_q)).sum())
                 found.same_token += int((p.argmax(-1) == q.argmax(-1)).sum())
                 for which, each in enumerate((p, q)):
                     found.nll[which] -= float(each.gather(1, targets[part, None]).sum(dtype=torch.float64))

@@ -58,9 +58,9 @@ class Sampling:
         if not is_number(self.repetition_penalty) or not 1 <= self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty {self.repetition_penalty!r} must be at least 1 (1 is off)")
 
-    def check_vocabulary(self, vocab_size: int) -> None:
+    def check_vocabulary(self, vocab_size: int, n_ids: int = N_GPT2_IDS) -> None:
         """Raises ValueError where top_k is more than there are tokens."""
-        n = min(vocab_size, N_GPT2_IDS)
+        n = min(vocab_size, n_ids)
         if self.top_k is not None and self.top_k > n:
             raise ValueError(f"top_k {self.top_k} is above {n}, the tokens there are; leave it out to keep all")
 
@@ -71,19 +71,21 @@ def draw(
     sampling: Sampling,
     seen: Tensor | None = None,
     forbidden: Tensor | None = None,
+    n_ids: int = N_GPT2_IDS,
 ) -> Tensor:
     """One token for each row, without waiting for the device.
 
     Args:
         logits: [B, V], any float dtype. uniform: a number in [0, 1) for each row; not looked at when greedy.
         seen: [B, V] bool, tokens that the penalty lowers. forbidden: [B, V] bool, tokens not to be drawn now.
+        n_ids: ids from here on are no tokens; the default is GPT-2's number.
     Returns:
         float32 [2, B]: tokens (below 2^24, so float32 carries them exactly), and log-probabilities in nats before
         penalty, temperature and filters: the model's own. nan where the logits are not finite.
     """
     logits = logits.float()
-    if logits.shape[1] > N_GPT2_IDS:
-        logits = logits[:, :N_GPT2_IDS]
+    if logits.shape[1] > n_ids:
+        logits = logits[:, :n_ids]
     scores = logits
     if seen is not None and sampling.repetition_penalty != 1.0:
         p = sampling.repetition_penalty

@@ -191,7 +191,7 @@ class HRMScorer:
         longest = min(self.max_length, max(map(len, prompts)) + max_new_tokens)
         rows, free = ROWS.get(self.model.device.type, ROWS["cpu"]), room(self.model)
         if free is not None:
-            token = bytes_per_token(self.model.config, self.max_steps, self.model.wte.weight.dtype)
+            token = bytes_per_token(self.model.config, self.max_steps, self.model.compute_dtype)
             rows = min(rows, int(SHARE_OF_MEMORY * free) // (longest * token))
         return max(1, rows)
 

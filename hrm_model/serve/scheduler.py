@@ -68,7 +68,7 @@ def places_that_fit(model: HRMForCausalLM, most: int, max_steps: int | None = No
     free = room(model)
     if free is None:
         return most
-    window = model.config.block_size * bytes_per_token(model.config, max_steps, model.wte.weight.dtype)
+    window = model.config.block_size * bytes_per_token(model.config, max_steps, model.compute_dtype)
     return max(1, min(most, int(SHARE_OF_MEMORY * free) // window))
 
 

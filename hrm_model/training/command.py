@@ -110,6 +110,11 @@ def _ensure(path: str) -> None:
 
 def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], list[str]] | None = None) -> int:
     """Build the run and train; returns the process's exit status, an error being one line."""
+    return run_built(lambda: build(given, stage, make_data), stage)
+
+
+def run_built(make: Callable[[], Training], stage: str) -> int:
+    """Train what `make` makes; returns the process's exit status, an error being one line."""
     from .distributed import leave
 
     for stream in (sys.stdout, sys.stderr):
@@ -117,7 +122,7 @@ def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], 
             stream.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
     training = None
     try:
-        training = build(given, stage, make_data)
+        training = make()
         return training()
     except KeyboardInterrupt:  # outside of the training loop, which ends in its own way
         when = "before training began" if training is None else "before or after training"
@@ -150,6 +155,11 @@ def _explained(error: Exception, stage: str) -> str | None:
 
     text = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
+        if stage == "hybrid":
+            return (
+                f"out of memory ({text.splitlines()[0]}); start anew with a lower --batch-size and --accumulation "
+                "raised in proportion, or with --dtype bfloat16"
+            )
         smaller = "a lower --batch-size and --accumulation raised in proportion" if stage == "pretrain" else ""
         return (
             f"out of memory ({text.splitlines()[0]}); go on with --resume auto and "

@@ -11,10 +11,11 @@ from typing import Any
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string literal under it in the class body."""
-    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0].body
+    """Field name -> the string literal under it in the body of the class, or of the nearest one it derives from."""
+    classes = [c for c in reversed(cls.__mro__) if c is not object]
+    bodies = [ast.parse(inspect.cleandoc("\n" + inspect.getsource(c))).body[0].body for c in classes]
     docs = {}
-    for statement, after in itertools.pairwise(body):
+    for statement, after in itertools.chain.from_iterable(map(itertools.pairwise, bodies)):
         if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
             docs[statement.target.id] = after.value.value
     return docs

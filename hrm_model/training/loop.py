@@ -23,6 +23,7 @@ from ..checkpoint import (
     save_checkpoint,
 )
 from ..config import HRMConfig
+from ..depth_statistics import DepthStatistics
 from ..halting import Exploration, Price, price_rate
 from ..model import HRMForCausalLM
 from ..quantization import check_trainable
@@ -75,6 +76,21 @@ class Training:
             make_deterministic()
         self._contents, self.checkpoint = self.ranks.first(self._look_at_directory)
         torch.manual_seed(run.seed)
+        self._assemble(shape)
+        self.step = self.saved_step = 0
+        self.val_loss: float | None = None  # of the weights as they are
+        self.start_loss: float | None = None  # of conversations, before the first step; where --max-rise counts from
+        self.ended_early = False
+        self._lock: RunLock | None = None
+        if run.dry_run:
+            return
+        self.ranks.first(self._take_directory)
+        if self.checkpoint is not None:
+            self._resume(self.checkpoint)
+
+    def _assemble(self, shape: dict[str, Any] | None) -> None:
+        """Make model, data, optimizer, step and evaluation."""
+        run = self.run
         self.model = self._build_model(shape)
         run.check_model(self.config)
         self.data = open_stage_data(run, self.config)
@@ -97,16 +113,6 @@ class Training:
             self.average, self.ranks,
         )  # fmt: skip
         self.evaluation = Evaluation(run, self.model, self.data.validations, self.dtype, self.average, self.ranks)
-        self.step = self.saved_step = 0
-        self.val_loss: float | None = None  # of the weights as they are
-        self.start_loss: float | None = None  # of conversations, before the first step; where --max-rise counts from
-        self.ended_early = False
-        self._lock: RunLock | None = None
-        if run.dry_run:
-            return
-        self.ranks.first(self._take_directory)
-        if self.checkpoint is not None:
-            self._resume(self.checkpoint)
 
     @property
     def config(self) -> HRMConfig:
@@ -364,11 +370,15 @@ class Training:
         if self.ranks.is_first:
             self.metrics.write(record)
             self.trackers.log(self.step, record)
-            self._say(evaluation(record, self.evaluation.own_depth, depths))
+            self._say(self._report(record, depths))
             if self.run.sample_tokens:
                 self._say(f"  sample: {sample!r}")
             self._draw()
         return record
+
+    def _report(self, record: dict[str, Any], depths: DepthStatistics) -> str:
+        """Lines that say what an evaluation found."""
+        return evaluation(record, self.evaluation.own_depth, depths)
 
     def _save(self) -> None:
         """Write a checkpoint. Raises NotFiniteError, on all processes, for weights that are no numbers."""
@@ -393,10 +403,14 @@ class Training:
     def _draw(self) -> None:
         title = f"{self.out} ({self.run.recipe})"
         try:
-            draw_dashboard(self.metrics.records, self.out / "dashboard.png", title)
+            self._draw_picture(self.out / "dashboard.png", title)
         except Exception as error:  # a picture is never worth a training run
             remedy = "; pip install 'hrm-kernels[plot]'" if isinstance(error, ImportError) else ""
             warnings.warn(f"no dashboard.png: {error}{remedy}", RuntimeWarning, stacklevel=2)
+
+    def _draw_picture(self, path: Path, title: str) -> None:
+        """Raises ImportError where matplotlib is missing."""
+        draw_dashboard(self.metrics.records, path, title)
 
     def _print_header(self) -> None:
         run, c = self.run, self.config

@@ -214,8 +214,8 @@ class TrainConfig:
             )
         if self.gradient == "published" and self.gradient_steps > 1:
             yield f"--gradient-steps {self.gradient_steps} is for --gradient replay; the published one has 1"
-        if self.stage not in STAGES:
-            yield f"stage {self.stage!r} is none of {', '.join(STAGES)}"
+        if self.stage not in self.stage_names():
+            yield f"stage {self.stage!r} is none of {', '.join(self.stage_names())}"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield f"--{name} {getattr(self, name)!r} is none of {', '.join(allowed)}"
@@ -224,6 +224,11 @@ class TrainConfig:
         for tracker in self.track:
             if tracker not in ("tensorboard", "wandb"):
                 yield f"--track {tracker!r} is none of tensorboard, wandb"
+
+    @classmethod
+    def stage_names(cls) -> tuple[str, ...]:
+        """Stages that these options are for."""
+        return tuple(STAGES)
 
     @property
     def is_chat(self) -> bool:

@@ -18,7 +18,7 @@ except ImportError:
 
 LOCK_FILE = "run.lock"
 # What runs write. Anything else in a directory is somebody's, and never deleted.
-_OURS = ("run.*", "metrics.jsonl*", "dashboard.png*", "checkpoints", "tensorboard", "wandb")
+_OURS = ("run.*", "metrics.jsonl*", "dashboard.png*", "eval.csv*", "checkpoints", "tensorboard", "wandb")
 
 
 def find_checkpoint(out: Path, resume: str, overwrite: bool) -> Path | None:
