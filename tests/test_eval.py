@@ -16,10 +16,11 @@ from hrm_kernels import Forest
 from hrm_model import get_tokenizer, save_model
 from hrm_model.cli import main
 from hrm_model.commands.eval import biases_of
-from hrm_model.evaluation.hrm_scorer import HRMScorer
+from hrm_model.evaluation.hrm_scorer import HRMScorer, _batches
 from hrm_model.evaluation.perplexity import windows
 from hrm_model.evaluation.requests import Request
 from hrm_model.evaluation.results import evaluate
+from hrm_model.evaluation.shared_context import Tree
 from hrm_model.evaluation.tasks import TASKS
 from hrm_model.evaluation.tasks.task import Choices
 from hrm_model.prefixes import prefixes
@@ -96,6 +97,15 @@ def test_limits_and_biases_mean_what_they_mean_for_a_row(option):
     )
     if option.get("halt_bias") == -math.inf:
         assert {s.steps for scores in HRMScorer(model, None, **option).score(asked) for s in scores} == {S}
+
+
+def test_small_trees_are_not_padded_to_a_large_one_by_the_thousand():
+    jobs = [(number, Tree([1] * size, [[2]], "row"), [0]) for number, size in enumerate([*[9] * 300, 500, 100, 100])]
+    batches = list(_batches(jobs, 1000))
+    assert sorted(number for batch in batches for number, _, _ in batch) == list(range(303))
+    for batch in batches:
+        sizes = [len(tree.context) + 1 for _, tree, _ in batch]
+        assert sum(sizes) <= 1000 and len(sizes) * max(sizes) <= 4000
 
 
 def test_a_choice_too_long_for_the_window_is_named():

@@ -23,6 +23,8 @@ from .shared_context import RULES, score_trees, trees_of
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of trees that are run together, by device."""
+PADDED = 4
+"""Times as many places as tokens that attention may be padded to."""
 ROWS = {"cpu": 32, "cuda": 256}
 """Prompts that are continued together, by device, where memory allows it."""
 
@@ -209,15 +211,17 @@ class HRMScorer:
 
 
 def _batches(jobs: Sequence[tuple], batch_tokens: int) -> Iterator[list[tuple]]:
-    """Jobs in batches of about as many tokens, the largest trees first: attention is padded to a batch's largest, and
-    what does not fit into memory is known at once."""
+    """Jobs in batches of at most as many tokens, the largest trees first: what does not fit into memory is then known
+    at once. Attention is padded to a batch's largest tree: a thousand small ones beside it would take a thousand times
+    its memory."""
 
     def size(job: tuple) -> int:
         return len(job[1].context) + sum(map(len, job[1].branches.values()))
 
     batch, tokens = [], 0
     for job in sorted(jobs, key=size, reverse=True):
-        if batch and tokens + size(job) > batch_tokens:
+        padded = (len(batch) + 1) * size(batch[0]) if batch else 0
+        if batch and (tokens + size(job) > batch_tokens or padded > PADDED * batch_tokens):
             yield batch
             batch, tokens = [], 0
         batch.append(job)
