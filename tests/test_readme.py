@@ -32,8 +32,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+GUIDES = ("chat", "finetune", "depth", "deploy")
+"""Pages of docs/ whose commands run as they stand, where command one has been."""
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_every_file_it_names_exists():
@@ -84,7 +88,8 @@ def commands() -> list[str]:
 
 @pytest.mark.slow
 def test_every_command_runs_as_it_stands(tmp_path):
-    """In a clean copy, one after the other, then the Python example. Command two is how this test is run itself."""
+    """In a clean copy, one after the other, then the Python example, and the guides a block of commands at a time.
+    Command two is how this test is run itself."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         target = tmp_path / "copy" / name
@@ -97,9 +102,15 @@ def test_every_command_runs_as_it_stands(tmp_path):
     environment = COMPILING | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
     outputs = {}
-    for command in [*commands(), f"python -c {shlex.quote(blocks('python')[0])}"]:
+    guides = [block for name in GUIDES for block in blocks("bash", (ROOT / "docs" / f"{name}.md").read_text("utf-8"))]
+    for command in [*commands(), f"python -c {shlex.quote(blocks('python')[0])}", *guides]:
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True, check=False
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=tmp_path / "copy",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         outputs[command] = done.stdout
