@@ -202,6 +202,19 @@ def test_learning_supervises_every_segment_with_the_state_detached_between():
             torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_while_the_injector_learns_alone_the_controller_has_no_gradient():
+    model, batch = hybrid(injector="cab"), collator()(EXAMPLES)
+    losses = model.learn(batch, 0.1).segment_losses
+    alone = {name: p.grad for name, p in model.named_parameters() if not name.startswith("controller")}
+    model.zero_grad()
+    assert model.learn(batch, 0.1, controller=False).segment_losses == pytest.approx(losses)
+    for name, p in model.named_parameters():
+        if name.startswith("controller"):
+            assert p.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, alone[name], msg=name)
+
+
 @pytest.mark.parametrize("injector", ["grb", "cab"])
 def test_no_gradient_reaches_the_language_model(injector):
     model = hybrid(injector=injector)

@@ -30,6 +30,7 @@ def line(small_lm, out, more: str = "") -> list[str]:
     flags = f"--model_name {small_lm} --tasks toy_addition --d_h 16 --h_layers 1 --l_layers 1 --n_heads 2 --inner_T 2"
     flags += " --injector cab --max_steps 6 --batch_size 4 --accumulation 2 --lr 0.01 --warmup 2 --eval_n 6"
     flags += " --eval_every 3 --save_every 2 --log_every 1 --max_new_tokens 4 --log_samples_every 4 --device cpu"
+    flags += " --controller_warmup 2"
     return [*flags.split(), "--out", str(out), *more.split()]
 
 

@@ -51,7 +51,7 @@ class HRMOnly(nn.Module):
         """Of what is trained: everything."""
         return self.model.num_parameters()
 
-    def learn(self, batch: AnswerBatch, scale: float) -> Learned:
+    def learn(self, batch: AnswerBatch, scale: float, controller: bool = True) -> Learned:
         """Forward and backward of one micro-batch; as HybridModel.learn."""
         out = self.model(
             batch.ids, _shifted(batch), batch.mask.sum(1), force_steps=self.segments, reduction="sum",

@@ -174,11 +174,14 @@ class HybridModel(nn.Module):
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def learn(self, batch: AnswerBatch, scale: float) -> Learned:
+    def learn(self, batch: AnswerBatch, scale: float, controller: bool = True) -> Learned:
         """Forward and backward of one micro-batch, segment by segment: each one's graph is gone before the next begins.
 
         The gradient is that of scale * sum over targets of the mean loss over segments. Adapters get theirs in one pass
         through the language model, after the last segment.
+
+        Args:
+            controller: whether the controller gets a gradient, or what carries its result over alone.
         """
         with torch.set_grad_enabled(self.tunes_language):
             h = self.language.encode(batch.ids, batch.mask)
@@ -188,21 +191,22 @@ class HybridModel(nn.Module):
             (losses.sum() * scale).backward()
             found = Learned(0.0, [float(losses.detach().sum()) * scale], 0.0, None)
         else:
-            found = self._learn_segments(leaf, batch, scale)
+            found = self._learn_segments(leaf, batch, scale, controller)
         if self.tunes_language:
             h.backward(leaf.grad)
         found.loss = sum(found.segment_losses) / len(found.segment_losses)
         return found
 
-    def _learn_segments(self, leaf: Tensor, batch: AnswerBatch, scale: float) -> Learned:
+    def _learn_segments(self, leaf: Tensor, batch: AnswerBatch, scale: float, controller: bool) -> Learned:
         n = self.config.segments
         by_row, states = [], []
         z_H = z_L = None
         for _ in range(n):
-            x = self.pool(leaf, batch.prompt)  # anew, as the backward pass of a segment frees its graph
-            if z_H is None:
-                z_H, z_L = self.controller.hrm_core.initial_state(x)
-            z_H, z_L = self.controller.segment(x, z_H, z_L)
+            with torch.set_grad_enabled(controller):
+                x = self.pool(leaf, batch.prompt)  # anew, as the backward pass of a segment frees its graph
+                if z_H is None:
+                    z_H, z_L = self.controller.hrm_core.initial_state(x)
+                z_H, z_L = self.controller.segment(x, z_H, z_L)
             losses = self._answer_losses(self.injected_logits(_at(leaf, batch.positions), z_H), batch.targets)
             (losses.sum() * (scale / n)).backward()
             z_H, z_L = z_H.detach(), z_L.detach()

@@ -20,13 +20,16 @@ def whiten(linear: nn.Linear, sample: Tensor) -> None:
     Args:
         linear: [n_out, n_in], with a bias. sample: [N, n_in]; where all rows are equal, nothing is set.
     """
+    sample = sample.double()
     centre = sample.mean(0)
     _, s, v = torch.linalg.svd(sample - centre, full_matrices=False)
     n_out = len(linear.bias)
-    n = int((s > WEAKEST * s[0]).sum().clamp(max=min(n_out, len(sample) // 2)))
+    least = max(WEAKEST * s[0], 1e-6 * sample.norm())  # float32 rounds what is common
+    n = int((s > least).sum().clamp(max=min(n_out, len(sample) // 2)))
     if n == 0:
         return
     r = torch.linalg.qr(torch.randn(n_out, n))[0].to(v)
     scale = (len(sample) * n_out / n) ** 0.5
-    linear.weight.copy_(scale * (r / s[:n]) @ v[:n])
-    linear.bias.copy_(-linear.weight @ centre.to(linear.weight.dtype))
+    weight = scale * (r / s[:n]) @ v[:n]
+    linear.weight.copy_(weight)
+    linear.bias.copy_(-weight @ centre)

@@ -80,6 +80,9 @@ class HybridRun(TrainConfig):
     """how many of the uppermost layers have adapters; 0: all"""
     steps: int = 50_000
     """optimizer steps"""
+    controller_warmup: int = 200
+    """steps in which the injector learns alone what all answers have in common; taught that, too, the controller would
+    end up thinking the same of every prompt"""
     lr: float = 3e-4
     """peak learning rate"""
     warmup: int = 200
@@ -164,7 +167,13 @@ class HybridRun(TrainConfig):
             yield f"--injector {self.injector!r} is none of grb, cab; for the language model alone use --system lm"
         if self.system == "lm" and not self.lora_rank:
             yield "--system lm trains adapters alone, and --lora-rank 0 has none; give a rank, such as 8"
-        for name, least in (("eval_n", 1), ("max_new_tokens", 1), ("eval_segments", 0), ("log_samples_every", 0)):
+        for name, least in (
+            ("eval_n", 1),
+            ("max_new_tokens", 1),
+            ("eval_segments", 0),
+            ("log_samples_every", 0),
+            ("controller_warmup", 0),
+        ):
             if getattr(self, name) < least:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is below its minimum {least}"
         yield from (fault.replace("--step-price", "--act-penalty") for fault in price_faults(self.act_penalty, None))

@@ -94,7 +94,7 @@ class HybridStep:
         seen = []
         for batch in batches:
             with autocast(model.device, self.dtype):
-                seen.append(model.learn(batch, scale))
+                seen.append(model.learn(batch, scale, controller=step >= run.controller_warmup))
             if self.head is not None:
                 self.head.add_exits(seen[-1].exits)
         norm = float(clip_gradients(model, run.grad_clip))
