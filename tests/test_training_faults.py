@@ -324,7 +324,8 @@ AT_FSYNC = """
 import os, signal
 fsync, count = os.fsync, [0]
 def synced(handle):
-    count[0] += 1
+    number = handle if isinstance(handle, int) else handle.fileno()
+    count[0] += "/checkpoints" in os.readlink(f"/proc/self/fd/{{number}}")
     if count[0] in {counts}:
         os.kill(os.getpid(), signal.SIGTERM)
     fsync(handle)
