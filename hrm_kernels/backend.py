@@ -45,9 +45,9 @@ OPS = (
     "linear_cross_entropy",
     "halting",
 )
-LOOP = "hrm_loop"
 PRODUCTS = ("swiglu", "qkv_rope", "linear_cross_entropy")
 """Ops that have a weight matrix among their arguments."""
+LOOP = "hrm_loop"
 """The loop over steps is chosen like an op. Its reference is the model's own loop."""
 _IN_LOOP = ("add_rms_norm", "swiglu", "qkv_rope", "attention", "halting")
 
