@@ -32,7 +32,7 @@ import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from bench.common import environment, interleaved, positive, print_table, save
-from hrm_model.tokenizer import END_OF_TEXT, RANKS_FILE, _read_ranks, get_tokenizer
+from hrm_model.tokenizer import END_OF_TEXT, RANKS_FILE, get_tokenizer, read_ranks
 from hrm_model.training.corpora import Corpus
 from hrm_model.training.mixture import prepare_mixture
 from hrm_model.training.shards import open_dataset
@@ -90,7 +90,7 @@ def prepare(source: Path, out: Path, **options: Any) -> None:
 
 def plain_tiktoken() -> tiktoken.Encoding:
     """GPT-2's encoding as tiktoken has it, from the ranks at hand."""
-    ranks, special = _read_ranks(RANKS_FILE), {END_OF_TEXT: get_tokenizer().eot}
+    ranks, special = read_ranks(RANKS_FILE), {END_OF_TEXT: get_tokenizer().eot}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 

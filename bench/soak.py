@@ -5,9 +5,10 @@
     python bench/soak.py --save
 
 Every few seconds it looks at the training process: resident memory, open files, threads. Of each of its lives all up to
-the first evaluation is setting up (its picture opens fonts, which stay open); after that all three must stay where they
-are, further evaluations, samples, pictures and checkpoints included, and each life must go on at the step at which the
-one before stopped. The last line is JSON; exit status 1 where something grew or a step was lost.
+the second evaluation is setting up (the first picture opens fonts, which stay open; the first save comes after it, and
+only then a step on top of all these); after that all three must stay where they are, further evaluations, samples,
+pictures and checkpoints included, and each life must go on at the step at which the one before stopped. The last line
+is JSON; exit status 1 where something grew or a step was lost.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ STOPPED = 75
 GROWTH = 0.05
 """Share of its memory by which a life may be larger in its last quarter than in its first: the allocator's."""
 PAUSE_S = 2.0
-EVALUATIONS = 4
-"""That a life sees at least, however slow the machine is."""
+SETTING_UP, EVALUATIONS = 2, 8
+"""Evaluations until a life is judged; those that it sees at least, however slow the machine is."""
 
 
 def look(pid: int) -> dict[str, float] | None:
@@ -62,7 +63,7 @@ def live(out: Path, data: list[str], seconds: float) -> dict[str, Any]:
         while process.poll() is None and (time.monotonic() - begin < seconds or evaluations < EVALUATIONS):
             time.sleep(PAUSE_S)
             evaluations = len(steps_of(out, "eval")) - before
-            if evaluations and (found := look(process.pid)):
+            if evaluations >= SETTING_UP and (found := look(process.pid)):
                 seen.append(found)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)

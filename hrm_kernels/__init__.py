@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks
-from .autocast import shared_casts
+from .autocast import compute_dtype, shared_casts
 from .backend import (
     OPS,
     BackendError,
@@ -24,9 +24,11 @@ from .backend import (
     use_backend,
     why_no_kernel,
 )
+from .forest import Forest, forest_attention
 from .loop import BlockWeights, HRMLoop, LoopResult, LoopWeights
 from .packed import PackedWeights, linear, packed_weights
 from .past import NewestTokens, Past, Span, StepPast, Tokens
+from .quantized import embedding, is_narrow, is_quantized, plain
 from .reference import halt_margin, rope, rope_table
 from .transfer import to_device
 from .version import __version__
@@ -35,6 +37,7 @@ __all__ = [
     "OPS",
     "BackendError",
     "BlockWeights",
+    "Forest",
     "HRMLoop",
     "LoopResult",
     "LoopWeights",
@@ -52,8 +55,12 @@ __all__ = [
     "choices",
     "current_backend",
     "describe",
+    "embedding",
+    "forest_attention",
     "halt_margin",
     "halting",
+    "is_narrow",
+    "is_quantized",
     "linear",
     "linear_cross_entropy",
     "packed_weights",
@@ -211,6 +218,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not match, or an unknown reduction.
     """
+    w = plain(w, compute_dtype(x))
     checks.linear_cross_entropy(x, w, targets, reduction)
     return run("linear_cross_entropy", x, w, targets, ignore_index, reduction, z_loss)
 

@@ -55,13 +55,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` in `dtype`."""
-    if weight.dtype == dtype:
+    """`weight` in `dtype`, dequantised if it is one of torchao's."""
+    quantized = hasattr(weight, "tensor_data_names")
+    if weight.dtype == dtype and not quantized:
         return weight
     copies = None if torch.compiler.is_compiling() else getattr(_local, "copies", None)
     if copies is None:
-        return weight.to(dtype)
+        return _made(weight, dtype, quantized)
     key = id(weight), dtype, torch.is_grad_enabled()
     if key not in copies:
-        copies[key] = weight, weight.to(dtype)  # the weight too, so that its id stays its own
+        copies[key] = weight, _made(weight, dtype, quantized)  # the weight too, so that its id stays its own
     return copies[key][1]
+
+
+def _made(weight: Tensor, dtype: torch.dtype, quantized: bool) -> Tensor:
+    return (weight.dequantize() if quantized else weight).to(dtype)

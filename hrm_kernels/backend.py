@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 from . import library_attention, reference, tuning
 from .autocast import compute_dtype
 from .drivers import DRIVERS
+from .quantized import is_narrow
 
 if TYPE_CHECKING:
     from .loop import LoopWeights
@@ -44,6 +45,8 @@ OPS = (
     "linear_cross_entropy",
     "halting",
 )
+PRODUCTS = ("swiglu", "qkv_rope", "linear_cross_entropy")
+"""Ops that have a weight matrix among their arguments."""
 LOOP = "hrm_loop"
 """The loop over steps is chosen like an op. Its reference is the model's own loop."""
 _IN_LOOP = ("add_rms_norm", "swiglu", "qkv_rope", "attention", "halting")
@@ -173,6 +176,10 @@ def _kernel(op: str, setting: str, args: tuple) -> tuple[Callable | None, str]:
     if setting == "auto" and device.type != "cuda":
         return None, "auto takes kernels on CUDA devices"
     reason = why_no_kernel(op, device)
+    if reason is None and op in PRODUCTS:
+        dtype = compute_dtype(args[0])  # under autocast to bfloat16, weights of bfloat16 are what kernels take
+        if any(isinstance(t, Tensor) and t.dim() == 2 and is_narrow(t, dtype) for t in args):
+            reason = "a weight is quantised, and kernels read plain ones"
     if reason is None:
         kernel = _kernels()[op]
         reason = kernel.why_not(*args)

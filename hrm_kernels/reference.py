@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .packed import packed_product
 from .past import Tokens
+from .quantized import product, rounded
 
 # Rows of logits alive at a time in linear_cross_entropy: 256 x 50,304 float32 is 52 MB. On two shared CPU cores 64 rows
 # took 1.6 to 2.2 times as long, 512 rows 0.8 to 0.9 times (bench/ops.py --reference); on a GPU it was not measured.
@@ -41,8 +42,9 @@ def swiglu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None = None, b_up: Tensor | None = None) -> Tensor:
+    x = rounded(x, w_gate)
     both = packed_product(x, (w_gate, w_up), (b_gate, b_up))
-    gate, up = (F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)) if both is None else both.chunk(2, dim=-1)
+    gate, up = (product(x, w_gate, b_gate), product(x, w_up, b_up)) if both is None else both.chunk(2, dim=-1)
     return swiglu_mul(gate, up)
 
 
@@ -89,13 +91,14 @@ def qkv_rope(
     rotary: Tensor | None = None,
 ) -> Tensor:
     b_q, b_k, b_v = biases or (None, None, None)
+    x = rounded(x, w_q)
     packed = packed_product(x, (w_q, w_k, w_v), (b_q, b_k, b_v))
     if packed is not None:
         if rotary is None:
             return packed
         qk, v = packed.split((len(w_q) + len(w_k), len(w_v)), dim=-1)
         return torch.cat((rope(qk.unflatten(-1, (-1, 2 * rotary.shape[-2])), rotary).flatten(-2), v), dim=-1)
-    q, k, v = F.linear(x, w_q, b_q), F.linear(x, w_k, b_k), F.linear(x, w_v, b_v)
+    q, k, v = product(x, w_q, b_q), product(x, w_k, b_k), product(x, w_v, b_v)
     if rotary is not None:
         head_dim = 2 * rotary.shape[-2]
         q = rope(q.unflatten(-1, (-1, head_dim)), rotary).flatten(-2)
@@ -130,10 +133,15 @@ def cached_attention(qkv: Tensor, kv: Tensor, tokens: Tokens, n_head: int, n_kv_
     out, at = torch.empty_like(q), 0
     for row, begin, end in tokens.spans:
         mine = slice(at, at + end - begin)
-        queries = q[mine].unflatten(-1, (n_head, head_dim)).transpose(0, 1)[None]
         keys, values = kv[row, None, :end].transpose(1, 3).unbind(2)
+        if end - begin == 1:  # in the shape above, so that a row's bits are those that it has alone
+            grouped = q[mine].view(1, n_kv_head, -1, head_dim)
+            out[mine] = F.scaled_dot_product_attention(grouped, keys, values).reshape(1, -1)
+            at = mine.stop
+            continue
+        queries = q[mine].unflatten(-1, (n_head, head_dim)).transpose(0, 1)[None]
         seen = None
-        if begin and end - begin > 1:
+        if begin:
             seen = torch.ones(end - begin, end, dtype=torch.bool, device=q.device).tril(begin)
         heads = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=seen, is_causal=begin == 0, enable_gqa=n_kv_head != n_head

@@ -82,6 +82,37 @@ def atomic_directory(target: str | Path, overwrite: bool = False, needed_bytes: 
         _in_use.discard(temporary)
 
 
+@contextmanager
+def atomic_file(target: str | Path, overwrite: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
+    """Yield a path beside `target` to write one file at; on leaving, flush it to disk and rename it.
+
+    Raises:
+        CheckpointError: `target` is a directory, or is there and overwrite is false, the disk is full, or the path
+            cannot be written. Nothing is left behind.
+    """
+    target = Path(os.path.realpath(target))
+    temporary = beside(target, "tmp")
+    _in_use.add(temporary)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent, target.name)
+        if target.is_dir():
+            raise CheckpointError(f"{target} is a directory and a .pt a file; choose another name")
+        if target.exists() and not overwrite:
+            raise CheckpointError(f"{target} already exists; choose another name or pass overwrite=True")
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_directory(target.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(error, target, needed_bytes) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        _in_use.discard(temporary)
+
+
 def remove_directory(path: Path) -> None:
     """Delete a directory so that a kill half-way leaves nothing that bears its name."""
     doomed = beside(path, "tmp")
@@ -345,6 +376,15 @@ def _is_abandoned(entry: Path, match: re.Match) -> bool:
     except OSError:
         return False
     return time.time() - newest > _STALE_AFTER_S
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Where writing `path` fails within this context, the error names it and the remedy; the system's does not."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error, path, None) from error
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -13,6 +13,9 @@ import hrm_kernels as ops
 
 from .config import HRMConfig
 
+Past = ops.Past | ops.Forest
+"""What attention looks at beside a row's own causal past: a cache, or the trees that rows share."""
+
 
 class RMSNorm(nn.Module):
     """Holder of a norm's weight [C], in float32 whatever the autocast precision."""
@@ -41,9 +44,16 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """Rows of a table, [B, T] ids -> [B, T, C]."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]. With `past`, queries look at a cache's keys and
-    values, to which their own are added first."""
+    """Causal grouped-query self-attention, [B, T, C] -> [B, T, C]. With a `past`, queries look at a cache's keys and
+    values, to which their own are added first; with a forest, at what the shape of its trees lets them see."""
 
     def __init__(self, config: HRMConfig):
         super().__init__()
@@ -54,11 +64,13 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.kv_heads, config.dropout
 
-    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: Past | None = None) -> Tensor:
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         weights, sizes = (q.weight, k.weight, v.weight), (self.n_head, self.n_kv_head)
         biases = None if q.bias is None else (q.bias, k.bias, v.bias)
-        if past is not None:
+        if isinstance(past, ops.Forest):
+            heads = ops.forest_attention(ops.qkv_rope(x, *weights, biases, rotary), past, *sizes)
+        elif past is not None:
             heads = ops.cached_attention(ops.qkv_rope(x, *weights, biases, rotary), past.kv, past.tokens, *sizes)
         else:
             dropout_p = self.dropout if self.training else 0.0
@@ -103,9 +115,7 @@ class _BlockParts(nn.Module):
     recompute = False
     """Keep a pass's input alone for the backward pass, and make the rest again there."""
 
-    def apply_to(
-        self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None
-    ) -> Tensor:
+    def apply_to(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: Past | None = None) -> Tensor:
         """The block's forward pass, as `recompute` has it."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self, x, rotary, lengths, use_reentrant=False, context_fn=_kernels_as_now)
@@ -124,7 +134,7 @@ class _BlockParts(nn.Module):
 class Block(_BlockParts):
     """Pre-norm block of the input and output stacks: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: Past | None = None) -> Tensor:
         x, normed = self.ln_2.add(x, self.attn(self.ln_1(x), rotary, lengths, past))
         return x + self.mlp(normed)
 
@@ -142,7 +152,7 @@ class ReasoningBlock(_BlockParts):
         given |= {f"{name}_bias": None if linear is None else linear.bias for name, linear in linears.items()}
         return ops.BlockWeights(norm_1=self.ln_1.weight, norm_2=self.ln_2.weight, **given)
 
-    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: ops.Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None, lengths: Tensor | None, past: Past | None = None) -> Tensor:
         x = self.ln_1.of_sum(x, self.attn(x, rotary, lengths, past))
         return self.ln_2.of_sum(x, self.mlp(x))
 

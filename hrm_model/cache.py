@@ -16,7 +16,8 @@ does that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ import hrm_kernels as ops
 from .config import HRMConfig, is_int
 
 if TYPE_CHECKING:
-    from .model import HRMForCausalLM
+    from .model import LanguageModel
     from .newest import NewestDecoder
 
 
@@ -94,13 +95,13 @@ def _left_in_container(free: int) -> int:
         return free
 
 
-def room(model: HRMForCausalLM) -> int | None:
+def room(model: LanguageModel) -> int | None:
     """Bytes that a cache of this model may take, in full; None where that cannot be read. On a CPU packed copies of the
     weights come beside it."""
-    free, weight = free_bytes(model.device), model.wte.weight
-    if free is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    free = free_bytes(model.device)
+    if free is None or model.device.type != "cpu" or model.compute_dtype != torch.float32:
         return free
-    return max(0, free - model.num_parameters() * weight.itemsize)
+    return max(0, free - 4 * model.num_parameters())
 
 
 class HRMCache:
@@ -117,9 +118,7 @@ class HRMCache:
         ValueError: sizes out of range, or more memory than there is; the message names both.
     """
 
-    def __init__(
-        self, model: HRMForCausalLM, rows: int = 1, positions: int | None = None, max_steps: int | None = None
-    ):
+    def __init__(self, model: LanguageModel, rows: int = 1, positions: int | None = None, max_steps: int | None = None):
         config = model.config
         self.model, self.config, self.device = model, config, model.device
         self.rows = _at_least_one("rows", rows)
@@ -127,7 +126,7 @@ class HRMCache:
         self.max_steps = _at_least_one("max_steps", config.hrm_max_steps if max_steps is None else max_steps)
         if self.positions > config.block_size:
             raise ValueError(f"positions {positions} are more than block_size {config.block_size}, the model's longest")
-        dtype = model.wte.weight.dtype
+        dtype = model.compute_dtype
         kind = self.device.type
         kv_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
         self.bytes_per_token = bytes_per_token(config, self.max_steps, dtype, kv_dtype)
@@ -146,7 +145,7 @@ class HRMCache:
         self.packed = ops.PackedWeights()
         """On a CPU, a copy of the weights in a faster layout, made as they are used."""
 
-    def _allocate(self, model: HRMForCausalLM, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    def _allocate(self, model: LanguageModel, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         config, kind = self.config, self.device.type
         r, p, c, s = self.rows, self.positions, config.n_embd, self.max_steps
         one = (2, config.kv_heads, config.head_dim)
@@ -163,7 +162,7 @@ class HRMCache:
         self.kv_output = torch.zeros((config.n_output_layers, s * r, p, *one), **kv)
         self.rotary = model.rotary(p)
 
-    def _check_room(self, model: HRMForCausalLM) -> None:
+    def _check_room(self, model: LanguageModel) -> None:
         wanted, free = self.rows * self.positions * self.bytes_per_token, room(model)
         if free is not None and wanted > free:
             raise ValueError(
@@ -219,27 +218,40 @@ class HRMCache:
         del self._ids[row][n:]
 
     @torch.no_grad()
-    def copy(self, source: int, targets: Sequence[int], n: int | None = None) -> None:
+    def copy(self, source: int, targets: Sequence[int], n: int | None = None, cache: HRMCache | None = None) -> None:
         """Make the first n tokens of row `source` (default all) the contents of rows `targets`: several continuations
-        share what was computed once."""
-        n = self._count(source, self.length(source) if n is None else n)
+        share what was computed once. cache: whose row that is, of the same model and with as many steps; default
+        this one's."""
+        c = self if cache is None else cache
+        n = c._count(source, c.length(source) if n is None else n)
         for row in targets:
             self._row(row)
         for row in targets:
-            if row == source:
+            if c is self and row == source:
                 continue
             self.clear(row)  # first, so that a row that is interrupted here is an empty one
-            done, decoded = ([min(count, n) for count in counts[source]] for counts in (self.done, self.decoded))
-            for t in (self.x, self.z_L):
-                t[row, :n] = t[source, :n]
-            self.kv_input[:, row, :n] = self.kv_input[:, source, :n]
+            done, decoded = ([min(count, n) for count in counts[source]] for counts in (c.done, c.decoded))
+            for mine, theirs in ((self.x, c.x), (self.z_L, c.z_L)):
+                mine[row, :n] = theirs[source, :n]
+            self.kv_input[:, row, :n] = c.kv_input[:, source, :n]
             for s in range(self.max_steps):
-                self.z_H[s, row, : done[s]] = self.z_H[s, source, : done[s]]
-                self.kv_core[s, :, row, : done[s]] = self.kv_core[s, :, source, : done[s]]
-                to, of = s * self.rows + row, s * self.rows + source
-                self.kv_output[:, to, : decoded[s]] = self.kv_output[:, of, : decoded[s]]
-            self._ids[row] = self._ids[source][:n]
+                self.z_H[s, row, : done[s]] = c.z_H[s, source, : done[s]]
+                self.kv_core[s, :, row, : done[s]] = c.kv_core[s, :, source, : done[s]]
+                to, of = s * self.rows + row, s * c.rows + source
+                self.kv_output[:, to, : decoded[s]] = c.kv_output[:, of, : decoded[s]]
+            self._ids[row] = c._ids[source][:n]
             self.done[row], self.decoded[row] = done, decoded
+
+    def clone(self) -> HRMCache:
+        """Another cache of the same model with the same contents."""
+        other = copy(self)
+        for name in ("x", "z_L", "z_H", "sums", "kv_input", "kv_core", "kv_output"):
+            setattr(other, name, getattr(self, name).clone())
+        for name in ("_ids", "done", "decoded"):
+            setattr(other, name, [list(row) for row in getattr(self, name)])
+        other.work, other._doubted = replace(self.work), set(self._doubted)
+        other._decoders, other.packed = {}, ops.PackedWeights()
+        return other
 
     def wipe(self, row: int) -> None:
         """Forget a row and what its memory holds: what is not finite would be, for whoever comes next, 0 times nan."""

@@ -1,6 +1,7 @@
 """Saves and loads models, and a training run's checkpoints.
 
     a model         DIR/  config.json  model.safetensors  manifest.json
+    one quantised   the same: config.json says how, quantized_files.py what the tensors are
     a checkpoint    RUN/checkpoints/step-00000123/  the same, and  optimizer.safetensors  state.json, perhaps
                     ema.safetensors, an average of the weights that loads as a model, too
 
@@ -43,6 +44,7 @@ from .atomic import (
 from .config import HRMConfig
 from .model import HRMForCausalLM
 from .published import read_published
+from .quantization import Quantization, quantization_of
 from .ranks import ALONE, OtherRankError, Ranks
 from .sharded import files_of, read_whole, spread_like, write_part
 from .tensors import (
@@ -76,6 +78,7 @@ CONFIG, WEIGHTS, OPTIMIZER, STATE = "config.json", "model.safetensors", "optimiz
 AVERAGE = "ema.safetensors"
 ROLES = ("latest", "best", "main")
 """Checkpoints by name in a directory of hrm_model/continual, in the order in which they are tried."""
+BIN = "pytorch_model.bin"  # what Hugging Face wrote before safetensors: a .pt file with a state dict
 _STEP_NAME = re.compile(r"step-\d{8,}")
 # What retention has hashed in this process: path -> its files' size, time and inode. Files are hashed
 # again once these change; every load hashes regardless.
@@ -91,26 +94,39 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
         model: an HRMForCausalLM, or any module whose .config has to_dict(); compiled or data-parallel
             wrappers are looked through.
         path: directory to make; it appears whole or not at all.
-        dtype: store floating-point weights as this type; default as they are.
+        dtype: store floating-point weights as this type; default as they are. A quantised model's stay as they are.
         overwrite: replace an earlier save at `path`.
 
     Returns:
         The path.
 
     Raises:
-        CheckpointError: `path` exists and overwrite is false, the disk is full, or the path cannot be
-            written.
+        CheckpointError: `path` exists and overwrite is false, the disk is full, the path cannot be written, or
+            another dtype is wanted of a quantised model.
     """
-    model = unwrap(model)
-    tensors = to_store(model.state_dict(), dtype)
-    config = _config_dict(model)
-    stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    if "torch_dtype" in config and stored is not None:
-        config["torch_dtype"] = str(stored).removeprefix("torch.")
-    with atomic_directory(path, overwrite, nbytes(tensors)) as directory:
-        write_json(directory / CONFIG, config)
-        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    with atomic_directory(path, overwrite, nbytes(unwrap(model).state_dict())) as directory:
+        write_model(model, directory, dtype)
     return Path(path)
+
+
+def write_model(model: nn.Module, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """config.json and model.safetensors as save_model() has them, into a directory that is there."""
+    model = unwrap(model)
+    config = _config_dict(model)
+    if (how := quantization_of(model)) is None:
+        tensors = to_store(model.state_dict(), dtype)
+    else:
+        if dtype is not None:
+            raise CheckpointError(f"the model is quantised ({how.describe()}) and stays so; convert its float32 source")
+        from .quantized_files import to_plain
+
+        tensors = to_store(to_plain(model))
+        config["quantization"] = how.to_dict()
+    stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    if "torch_dtype" in config and stored is not None and how is None:
+        config["torch_dtype"] = str(stored).removeprefix("torch.")
+    write_json(directory / CONFIG, config)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_model(
@@ -119,15 +135,17 @@ def load_model(
     """Load a model, in eval mode, with its config.
 
     Args:
-        path: a directory with config.json and model.safetensors (verified where it has a manifest), the same
-            directory's .safetensors file, a training run (its newest intact checkpoint; broken newer ones
-            are skipped with a warning), or a published .pt file, of which nothing is executed.
+        path: a directory with config.json and model.safetensors, ours or Hugging Face's (verified where it has a
+            manifest), the same directory's .safetensors file, a training run (its newest intact checkpoint; broken
+            newer ones are skipped with a warning), or a published .pt file, of which nothing is executed.
         device: where the model goes.
-        dtype: type of the parameters; default float32, whatever the file holds.
+        dtype: type of the parameters; default float32, whatever the file holds. Of a quantised model, of what is
+            left to compute in: its narrow weights and its halting head stay as they are.
 
     Raises:
         CheckpointError: nothing there, damaged files, a config that is impossible or unknown, or weights
             that do not fit it; lists the keys that are missing, unexpected or of another shape.
+        ValueError: the model is quantised, and torchao is not installed or the machine lacks that quantisation.
     """
     source = _resolve(Path(path))
     if source.suffix == ".safetensors":
@@ -135,16 +153,24 @@ def load_model(
         if (directory / MANIFEST).exists():
             verify(directory, only=(CONFIG, *files_of(weights.name, read_manifest(directory))))
         values = read_json(directory / CONFIG)
+        how = values.pop("quantization", None)
         try:
             config = HRMConfig.from_dict(values)
+            how = None if how is None else Quantization.from_dict(how)
         except ValueError as error:
             raise CheckpointError(f"{directory / CONFIG}: {error}") from error
         tensors, _ = read_whole(directory, weights.name)
     else:
         config, tensors = read_published(source)
+        how = None
     # Drawing initial weights that are overwritten at once must not move the caller's random state.
     with torch.random.fork_rng(devices=[]):
         model = HRMForCausalLM(config)
+    if how is not None:
+        from .quantized_files import from_plain
+
+        from_plain(model, how, tensors, source, dtype or torch.float32, torch.device(device))
+        return model.to(device).eval(), config
     if config.tie_embeddings:
         tensors = complete_tied(tensors, source)
     check_fit(model.state_dict(), tensors, source)
@@ -369,6 +395,8 @@ def _resolve(path: Path) -> Path:
     names = [entry.name for entry in path.iterdir()]
     if CONFIG in names and files_of(WEIGHTS, names)[0] in names:
         return path / WEIGHTS
+    if CONFIG in names and BIN in names:
+        return path / BIN
     if (path / "checkpoints").is_dir():
         broken: list[str] = []
         found = latest_checkpoint(path, broken.append)

@@ -11,12 +11,13 @@ import ast
 import difflib
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("chat", "generate", "info", "depth", "convert", "analyze", "demo", "recover")
+COMMANDS = ("chat", "generate", "serve", "info", "depth", "eval", "convert", "quantize", "analyze", "demo", "recover")
 """Modules of hrm_model.commands, each with HELP, add_arguments(parser) and run(args) -> exit status. A module is
 imported when its command is asked for, so that `hrm --help` answers at once."""
 
@@ -25,6 +26,7 @@ GET_A_CHECKPOINT = (
     "or give a published folder or .pt file"
 )
 EPILOG = f"No checkpoint yet? {GET_A_CHECKPOINT[0].upper()}{GET_A_CHECKPOINT[1:]}."
+_NEGATIVE = re.compile(r"-(\.?\d|inf)")
 STOPPED = 130
 BROKEN_PIPE = 141
 
@@ -113,10 +115,15 @@ def help_of(name: str) -> str:
 
 
 def with_dashes(argv: list[str]) -> list[str]:
-    """Flags with their underscores as dashes: the published scripts write --max_tokens, and so may a user."""
+    """Flags with their underscores as dashes: the published scripts write --max_tokens, and so may a user. A negative
+    number, or a range that begins with one, is put to its flag with "=": argparse would take it for a flag."""
     given, verbatim = [], False
     for argument in argv:
         verbatim = verbatim or argument == "--"
+        negative = _NEGATIVE.match(argument) and not verbatim
+        if negative and given and given[-1].startswith("--") and "=" not in given[-1]:
+            given[-1] += f"={argument}"
+            continue
         if argument.startswith("--") and not verbatim:
             flag, equals, value = argument.partition("=")
             argument = flag.replace("_", "-") + equals + value

@@ -24,8 +24,9 @@ from .config import HRMConfig
 from .host_loop import Batch, host_loop, published_gradient
 
 GRADIENTS = ("replay", "published")
-Pasts = Iterator[ops.Past]
-"""What a cache holds for each block application of a step, in the order in which they come."""
+Pasts = Iterator[ops.Past] | Iterator[ops.Forest]
+"""What attention looks at in each block application of a step, in the order in which they come: what a cache holds, or
+the same forest again and again."""
 
 
 @dataclass
@@ -257,6 +258,8 @@ class HRMCore(nn.Module):
                 return f"{name} is a {type(module).__name__}, which the loop's kernels do not know"
             if module is not self and (module._forward_hooks or module._forward_pre_hooks):
                 return f"{name} has a forward hook, which the loop's kernels would not call"
+            if isinstance(module, Linear) and ops.is_narrow(module.weight, self.H_init.dtype):
+                return f"{name} is quantised, and the loop's kernels read plain weights"
         return None
 
     def _apply(self, fn, recurse=True):

@@ -47,7 +47,7 @@ def page(reading: Reading, tokenizer: Tokenizer, *, title: str, facts: str) -> s
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escaped_title}</title>
-<style>{_STYLE}{_colour_rules(reading.max_steps)}</style>
+<style>{_STYLE}{colour_rules(reading.max_steps)}</style>
 </head>
 <body>
 <header>
@@ -144,7 +144,9 @@ def _characters(text: str) -> str:
     return "".join(parts)
 
 
-def _colour_rules(max_steps: int) -> str:
+def colour_rules(max_steps: int) -> str:
+    """Style rules .d1, .d2, ..: ground and text of a token that took so many steps, on a light and on a dark page."""
+
     def variables(dark: bool) -> str:
         pairs = enumerate(colours(max_steps, dark), 1)
         return "".join(f"--d{n}:{ground};--t{n}:{text};" for n, (ground, text) in pairs)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrm_kernels import to_device
+from hrm_kernels import PackedWeights, to_device
 
 from .cache import HRMCache, Work, bytes_per_token, room
 from .config import END_OF_TEXT, is_int
@@ -50,6 +50,8 @@ class Event(NamedTuple):
     """None while the row goes on; "stop" (a string), "stop_token" or "length"."""
     recomputed: bool
     """Whether the window was full: the oldest tokens were dropped and the rest computed anew."""
+    halted: bool = False
+    """Whether the head decided these steps; else they were forced, or all that there are."""
 
 
 @dataclass
@@ -155,9 +157,7 @@ def stream(
         check_depths_fit(cache, [n or max_steps or model.config.hrm_max_steps for row in rows for n in row.forced])
     for row in rows:
         row.text = StoppedText(tokenizer or get_tokenizer(), stop)
-        if sampling.repetition_penalty != 1.0:
-            row.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
-            row.seen[torch.tensor(row.ids, device=model.device)] = True
+        row.seen = seen_tokens(model, row.ids, sampling)
 
     options = {"max_steps": max_steps, "halt_bias": halt_bias}
     if use_cache and max_new_tokens:
@@ -165,18 +165,22 @@ def stream(
         engine, places = Cached(model, options, cache), cache.rows
     else:
         engine, places = Recomputing(model, options), len(rows)
-    limits = _Limits(max_new_tokens, min_new_tokens, stop_tokens, window, drop_oldest, depth_update == "turn")
+    limits = Limits(max_new_tokens, min_new_tokens, stop_tokens, window, drop_oldest, depth_update == "turn")
     places = min(places, batch_size or places)
     return Generation(_run(model, engine, places, rows if max_new_tokens else [], sampling, limits), engine)
 
 
-class _Limits(NamedTuple):
+class Limits(NamedTuple):
+    """Where rows end, as in `stream`."""
+
     max_new_tokens: int
     min_new_tokens: int
     stop_tokens: tuple[int, ...]
     window: int
+    """Tokens that the model sees at most."""
     drop_oldest: int
     keep_depth: bool
+    """Whether the depth that a row's first token has is that of all."""
 
 
 @torch.no_grad()
@@ -186,12 +190,12 @@ def _run(
     places: int,
     rows: list[Row],
     sampling: Sampling,
-    limits: _Limits,
+    limits: Limits,
 ) -> Iterator[Event]:
     waiting, active = deque(rows), []
 
     def draw_now(rows: list[Row], logits: Tensor) -> Tensor:
-        return _draw(rows, logits, sampling, limits)
+        return draw_rows(rows, logits, sampling, limits)
 
     while waiting or active:
         while waiting and len(active) < places:
@@ -201,7 +205,7 @@ def _run(
             if row.recomputed:
                 row.start = len(row.ids) - limits.window + (limits.drop_oldest - 1 if row.n_new else 0)
         with evaluating(model):
-            tokens, logprobs, steps = engine.next(active, draw_now)
+            tokens, logprobs, steps, halted = engine.next(active, draw_now)
         if not all(map(math.isfinite, logprobs)):
             for row in active:
                 engine.wipe(row)
@@ -210,8 +214,8 @@ def _run(
                 f"the model's logits are not finite (row {bad}): its weights are damaged, or too large for their type"
             )
         events = [
-            _event(row, int(token), logprob, executed, limits)
-            for row, token, logprob, executed in zip(active, tokens, logprobs, steps, strict=True)
+            event_of(row, int(token), logprob, executed, decided, limits)
+            for row, token, logprob, executed, decided in zip(active, tokens, logprobs, steps, halted, strict=True)
         ]
         for row, event in zip(active, events, strict=True):
             if event.finish:
@@ -220,7 +224,8 @@ def _run(
         yield from events
 
 
-def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) -> Tensor:
+def draw_rows(rows: list[Row], logits: Tensor, sampling: Sampling, limits: Limits) -> Tensor:
+    """[2, n]: the next token of each row and its log-probability, from logits [n, V] on the device."""
     uniform, seen, forbidden = None, None, None
     if sampling.temperature:
         uniform = [keyed_uniform(row.key[0], row.n_new, row.key[1]) for row in rows]
@@ -235,7 +240,16 @@ def _draw(rows: list[Row], logits: Tensor, sampling: Sampling, limits: _Limits) 
     return draw(logits, uniform, sampling, seen, forbidden)
 
 
-def _event(row: Row, token: int, logprob: float, executed: int, limits: _Limits) -> Event:
+def seen_tokens(model: HRMForCausalLM, ids: Sequence[int], sampling: Sampling) -> Tensor | None:
+    """[V] bool, the tokens that a repetition penalty lowers; None where there is no penalty."""
+    if sampling.repetition_penalty == 1.0:
+        return None
+    seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
+    seen[torch.tensor(ids, device=model.device)] = True
+    return seen
+
+
+def event_of(row: Row, token: int, logprob: float, executed: int, halted: bool, limits: Limits) -> Event:
     """The row with its new token."""
     row.ids.append(token)
     if row.seen is not None:
@@ -250,7 +264,7 @@ def _event(row: Row, token: int, logprob: float, executed: int, limits: _Limits)
         finish = "stop" if stopped else "length" if row.n_new >= limits.max_new_tokens else None
     if finish in ("stop_token", "length"):
         text += row.text.finish()
-    return Event(row.number, token, text, logprob, executed, finish, row.recomputed)
+    return Event(row.number, token, text, logprob, executed, finish, row.recomputed, halted)
 
 
 def _rows(model: HRMForCausalLM, prompts, seed, force_steps, max_steps: int | None) -> list[Row]:
@@ -308,9 +322,11 @@ def _new_cache(
     if batch_size is not None:
         n_rows = min(n_rows, batch_size)
     elif free is not None:
-        fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.wte.weight.dtype))
+        fit = int(SHARE_OF_MEMORY * free) // (positions * bytes_per_token(config, steps, model.compute_dtype))
         n_rows = max(1, min(n_rows, fit))
-    return HRMCache(model, n_rows, positions, steps)
+    cache = HRMCache(model, n_rows, positions, steps)
+    cache.packed = PackedWeights(always=True)  # so that a row's bits do not depend on the batch
+    return cache
 
 
 def _at_least(name: str, value: int, least: int) -> None:

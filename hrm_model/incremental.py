@@ -24,7 +24,7 @@ import hrm_kernels as ops
 from hrm_kernels import Past, Span, Tokens
 
 from .cache import HRMCache
-from .model import HRMForCausalLM, check_halt_bias, checked_depths
+from .model import LanguageModel, check_halt_bias, checked_depths
 from .newest import NewestDecoder, Started
 
 
@@ -33,7 +33,7 @@ class Extended:
     """Of the rows that were extended, in the order in which they were given."""
 
     logits: Tensor
-    """[n, V] after each row's last token."""
+    """[n, V] after each row's last token; with `keep`, of its last so many tokens, one row after the other."""
     executed_steps: list[int]
     """HRM steps that each row as a whole takes now."""
     halted: list[bool]
@@ -41,13 +41,14 @@ class Extended:
 
 
 def extend(
-    model: HRMForCausalLM,
+    model: LanguageModel,
     cache: HRMCache,
     new: Mapping[int, Sequence[int]],
     *,
     max_steps: int | None = None,
     force_steps: int | Sequence[int] | None = None,
     halt_bias: float | None = None,
+    keep: Mapping[int, int] | None = None,
 ) -> Extended:
     """Add tokens to rows of the cache: logits and steps are those of `model(whole rows)` in eval mode.
 
@@ -55,13 +56,14 @@ def extend(
         new: row -> the ids to add, at least one each.
         max_steps, force_steps (one number, or one for each row in `new`'s order), halt_bias: as in
             HRMForCausalLM.forward. They may change from call to call.
+        keep: row -> of how many of its last new tokens logits are wanted, all at the depth that the row now has;
+            default of the last alone.
 
     Raises:
         ValueError: an argument out of range, before anything is changed. After any other exception the rows are empty.
     """
-    return (
-        Extending(model, cache, new, max_steps=max_steps, force_steps=force_steps, halt_bias=halt_bias).finish().result
-    )
+    options = dict(max_steps=max_steps, force_steps=force_steps, halt_bias=halt_bias, keep=keep)
+    return Extending(model, cache, new, **options).finish().result
 
 
 class Finished(NamedTuple):
@@ -83,8 +85,9 @@ class Extending:
     logits: Tensor
     """[n, V] in `new`'s order; those of some rows may be made again by `finish`."""
 
-    def __init__(self, model: HRMForCausalLM, cache: HRMCache, new: Mapping[int, Sequence[int]], **options):
+    def __init__(self, model: LanguageModel, cache: HRMCache, new: Mapping[int, Sequence[int]], keep=None, **options):
         self._model, self._cache, self._new = model, cache, new
+        self._keep = _checked_keep(new, keep)
         self._limits, self._halt_bias = _checked(model, cache, new, **options)
         self._done: Extended | None = None
         cache.settle(new)
@@ -131,9 +134,10 @@ class Extending:
         cache.append(new)
         _read(model, cache, [Span(row, begin[row], cache.length(row)) for row in order])
         depth, halted = _reason(model, cache, dict.fromkeys(order, 0), self._limits, self._halt_bias)
-        logits = _write(model, cache, {row: depth[row] for row in order})
+        logits = _write(model, cache, {row: depth[row] for row in order}, self._keep)
         if order != list(new):
-            logits = logits[[order.index(row) for row in new]]
+            parts = dict(zip(order, logits.split([self._keep[row] for row in order]), strict=True))
+            logits = torch.cat([parts[row] for row in new])
         return Extended(logits, [depth[row] for row in new], [row in halted for row in new])
 
     def _queue(self, decoder: NewestDecoder) -> Started:
@@ -173,7 +177,7 @@ class Extending:
         logits = self.logits
         if again:
             logits = logits.clone()
-            logits[places] = _write(model, cache, {row: depth[row] for row in again})
+            logits[places] = _write(model, cache, {row: depth[row] for row in again}, self._keep)
         result = Extended(logits, [depth[row] for row in rows], [row in halted for row in rows])
         return Finished(result, None if beside is None else beside_told, places)
 
@@ -192,7 +196,7 @@ def evaluating(model: torch.nn.Module):
 
 
 def _checked(
-    model: HRMForCausalLM, cache: HRMCache, new: Mapping[int, Sequence[int]], *, max_steps=None, force_steps=None,
+    model: LanguageModel, cache: HRMCache, new: Mapping[int, Sequence[int]], *, max_steps=None, force_steps=None,
     halt_bias=None,
 ) -> tuple[dict[int, tuple[int, bool]], float]:  # fmt: skip
     """(row -> steps after which it is done and whether it may be earlier, halting bias)."""
@@ -219,7 +223,16 @@ def _checked(
     return {row: (n or max_steps, n == 0 and max_steps > 1) for row, n in zip(new, forced, strict=True)}, halt_bias
 
 
-def check_model(model: HRMForCausalLM, cache: HRMCache) -> None:
+def _checked_keep(new: Mapping[int, Sequence[int]], keep: Mapping[int, int] | None) -> Mapping[int, int]:
+    if keep is None:
+        return dict.fromkeys(new, 1)
+    for row, ids in new.items():
+        if not 1 <= keep.get(row, 0) <= len(ids):
+            raise ValueError(f"keep of row {row} is {keep.get(row)}; it must lie in 1..{len(ids)}, its new tokens")
+    return keep
+
+
+def check_model(model: LanguageModel, cache: HRMCache) -> None:
     """Raises ValueError where the cache is another model's."""
     if cache.model is not model:
         raise ValueError("the cache was made for another model, whose numbers it holds; make one for this model")
@@ -242,7 +255,7 @@ def check_depths_fit(cache: HRMCache, depths: Sequence[int]) -> None:
         )
 
 
-def _read(model: HRMForCausalLM, cache: HRMCache, spans: list[Span]) -> None:
+def _read(model: LanguageModel, cache: HRMCache, spans: list[Span]) -> None:
     """The new tokens through the input blocks."""
     tokens = Tokens.of(spans, cache.positions, cache.device)
     ids = [token for row, begin, _ in spans for token in cache._ids[row][begin:]]
@@ -255,7 +268,7 @@ def _read(model: HRMForCausalLM, cache: HRMCache, spans: list[Span]) -> None:
 
 
 def _reason(
-    model: HRMForCausalLM, cache: HRMCache, start: Mapping[int, int], limits: Mapping[int, tuple[int, bool]],
+    model: LanguageModel, cache: HRMCache, start: Mapping[int, int], limits: Mapping[int, tuple[int, bool]],
     halt_bias: float,
 ) -> tuple[dict[int, int], set[int]]:  # fmt: skip
     """Steps until every row of `start` (row -> steps that it has run) is done: row -> its depth, and the rows that
@@ -288,7 +301,7 @@ def _reason(
     return depth, halted
 
 
-def _decisions(model: HRMForCausalLM, cache: HRMCache, s: int, rows: list[int], halt_bias: float) -> list[bool]:
+def _decisions(model: LanguageModel, cache: HRMCache, s: int, rows: list[int], halt_bias: float) -> list[bool]:
     """Whether each row would halt after step s + 1, from the mean over all its positions. Waits for the device."""
     lengths = torch.tensor([[cache.length(row)] for row in rows], dtype=cache.sums.dtype)
     mean = (cache.sums[s][rows] / lengths.to(cache.device)).to(torch.promote_types(cache.x.dtype, torch.float32))
@@ -296,8 +309,9 @@ def _decisions(model: HRMForCausalLM, cache: HRMCache, s: int, rows: list[int], 
     return halt.tolist()
 
 
-def _write(model: HRMForCausalLM, cache: HRMCache, depth: Mapping[int, int]) -> Tensor:
-    """Logits [n, V] after each row's last token, the row's tokens seen at the depth that it has now."""
+def _write(model: LanguageModel, cache: HRMCache, depth: Mapping[int, int], keep: Mapping[int, int]) -> Tensor:
+    """Logits after the last `keep` tokens of each row, one row after the other, the row's tokens seen at the depth that
+    it has now."""
     spans = []
     for row, d in depth.items():
         # a row at a depth is a row of its own in the output blocks' caches
@@ -307,7 +321,11 @@ def _write(model: HRMForCausalLM, cache: HRMCache, depth: Mapping[int, int]) -> 
     pasts = (Past(kv, tokens) for kv in cache.kv_output)
     h = model.decode(_get(cache.z_H, tokens), _rotary(cache, tokens), None, pasts)
     cache.work.output += tokens.size * len(model.output_blocks)
-    return model.lm_head(h[0, tokens.last])
+    last = tokens.last
+    if any(n > 1 for n in keep.values()):
+        places = [range(end - keep[row] + 1, end + 1) for row, end in zip(depth, last.tolist(), strict=True)]
+        last = torch.tensor([place for row in places for place in row], device=last.device)
+    return model.lm_head(h[0, last])
 
 
 def _rotary(cache: HRMCache, tokens: Tokens) -> Tensor | None:

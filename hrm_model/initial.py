@@ -21,16 +21,15 @@ def truncated_normal_(p: Tensor, std: float) -> Tensor:
 
 
 @torch.no_grad()
-def truncated_init(module: nn.Module) -> None:
-    """Give every parameter of a model, or of one block, its initial value."""
-    for name, p in module.named_parameters():
-        if "q_head" in name or name.endswith(("bias", "gate_a")):
-            p.zero_()
-        elif "_init" in name:
-            truncated_normal_(p, 1.0)
-        elif p.dim() == 1:
-            p.fill_(1.0)
-        elif name in ("wte.weight", "wpe.weight"):
-            truncated_normal_(p, 1.0 / module.config.embed_scale)
-        else:
-            truncated_normal_(p, p.shape[1] ** -0.5)
+def truncated_init(name: str, p: nn.Parameter, embed_scale: float) -> None:
+    """Give a model's parameter of this name its initial value."""
+    if "q_head" in name or name.endswith(("bias", "gate_a")):
+        nn.init.zeros_(p)
+    elif "_init" in name:
+        truncated_normal_(p, 1.0)
+    elif p.dim() == 1:
+        nn.init.ones_(p)
+    elif name in ("wte.weight", "wpe.weight"):
+        truncated_normal_(p, 1.0 / embed_scale)
+    else:
+        truncated_normal_(p, p.shape[1] ** -0.5)

@@ -30,6 +30,10 @@ MARKOV_STREAM = 32
 """What a Markov chain writes."""
 PHRASE_STREAM = 10
 """What an identity's questions and answers are composed of."""
+TASK_STREAM = 13
+"""The operands of toy sums, and the seeds of reasoning-gym's datasets."""
+TASK_CHOICE_STREAM = 14
+"""Which task a sample is of."""
 
 
 def keyed_words(seed: int, first: int, n: int, stream: int) -> np.ndarray:

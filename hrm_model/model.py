@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hrm_kernels as ops
 
-from .blocks import Block, Linear, ReasoningBlock, RMSNorm
+from .blocks import Block, Embedding, Linear, ReasoningBlock, RMSNorm
 from .config import HRMConfig, is_int
 from .core import GRADIENTS, HRMCore, Pasts
 from .initial import truncated_init
@@ -45,17 +45,13 @@ class HRMOutput:
     """[2] int64: row-steps that were computed without and with gradient (a training pass looks at some twice)."""
 
 
-class HRMForCausalLM(nn.Module):
-    """The language model. State-dict keys are the published ones.
+class LanguageModel:
+    """The parts of the model and what is computed with them, for a module to inherit: HRMForCausalLM here, and the
+    one with Hugging Face's interface in hf/modeling.py. State-dict keys are the published ones."""
 
-    Args:
-        config: shape and rules; its defaults are the published 82.77 M parameters.
-    """
-
-    def __init__(self, config: HRMConfig):
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+    def make_parts(self, config: HRMConfig) -> None:
+        """Make the modules; their weights are whatever torch starts with."""
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         if not config.use_rotary:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.input_blocks = nn.ModuleList(Block(config) for _ in range(config.n_input_layers))
@@ -68,35 +64,32 @@ class HRMForCausalLM(nn.Module):
             self.lm_head = CharacterHead(config)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """N(0, 0.02) for weights and H_init, L_init; projections that end a branch N(0, 0.02 / sqrt(2 layers));
         biases 0; norms 1; gates of grown layers 0. config.init "truncated": see initial.py."""
-        c = self.config
-        if c.init == "truncated":
-            truncated_init(self)
-            return
-        layers = c.n_input_layers + c.n_output_layers + c.hrm_H_layers + c.hrm_L_layers
-        branch_std = 0.02 / math.sqrt(2 * max(layers, 1))
         for name, p in self.named_parameters():
-            if name.endswith(("bias", "gate_a")):
-                p.zero_()
-            elif p.dim() == 1 and "_init" not in name:
-                p.fill_(1.0)
-            else:
-                branch_end = name.endswith(("c_proj.weight", "down.weight"))
-                p.normal_(0.0, branch_std if branch_end else 0.02)
+            self.reset_parameter(name, p)
 
-    def num_parameters(self) -> int:
-        """Parameters, the tied pair counted once."""
-        return sum(p.numel() for p in self.parameters())
+    def reset_parameter(self, name: str, p: nn.Parameter) -> None:
+        """The same for the parameter of this name. (Of torch's functions, which Hugging Face's loader looks into.)"""
+        if self.config.init == "truncated":
+            truncated_init(name, p, self.config.embed_scale)
+        elif name.endswith(("bias", "gate_a")):
+            nn.init.zeros_(p)
+        elif p.dim() == 1 and "_init" not in name:
+            nn.init.ones_(p)
+        else:
+            c = self.config
+            layers = c.n_input_layers + c.n_output_layers + c.hrm_H_layers + c.hrm_L_layers
+            branch_end = name.endswith(("c_proj.weight", "down.weight"))
+            nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * max(layers, 1)) if branch_end else 0.02)
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.wte.weight.device
+    def compute_dtype(self) -> torch.dtype:
+        """The type of activations outside autocast: the norms', as other weights may be stored narrower."""
+        return self.ln_f.weight.dtype
 
     @ops.shared_casts()
     def forward(
@@ -116,6 +109,7 @@ class HRMForCausalLM(nn.Module):
         reduction: str = "mean",
         z_loss: float = 0.0,
         loss_rows: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> HRMOutput:
         """One pass over a batch of right-padded rows; a row's result depends on nothing but that row.
 
@@ -138,6 +132,7 @@ class HRMForCausalLM(nn.Module):
             z_loss: weight of the squared log-partition in the loss, nats (PaLM, 2022, section 5).
             loss_rows: [K] int64, where the real targets are in the flattened batch, if the caller knows: nothing else
                 is then decoded to the vocabulary. Of a conversation of which a quarter are answers, that is a quarter.
+            logits_at: [B, K] int64 positions: logits are [B, K, V], of these alone; default all.
 
         Raises:
             ValueError: an argument out of range; the message names the value, the limit and the remedy.
@@ -178,7 +173,11 @@ class HRMForCausalLM(nn.Module):
             loss = self.loss(h_BTC, targets, lengths, reduction, z_loss, loss_rows)
             if gradient == "published" and self.training and reduction == "mean":
                 loss = loss + PUBLISHED_STEP_PENALTY * steps_taken.float().mean()
-        logits = self.lm_head(h_BTC) if targets is None or return_logits else None
+        logits = None
+        if targets is None or return_logits:
+            if logits_at is not None:
+                h_BTC = h_BTC.take_along_dim(logits_at[..., None], 1)
+            logits = self.lm_head(h_BTC)
         return HRMOutput(logits, loss, steps_taken, core.executed_steps, core.q_logits, core.row_steps)
 
     def recompute_activations(self, on: bool = True) -> None:
@@ -197,7 +196,7 @@ class HRMForCausalLM(nn.Module):
     def embed(self, ids_BT: Tensor, positions: Tensor | None = None) -> Tensor:
         """[B, T] ids -> [B, T, C]: token (and learned position) embedding, dropout in training. positions: [T] int64,
         default 0..T-1."""
-        x_BTC = self.wte(ids_BT) * self.config.embed_scale
+        x_BTC = self.wte(ids_BT).to(self.compute_dtype) * self.config.embed_scale
         if not self.config.use_rotary:
             x_BTC = x_BTC + (self.wpe.weight[: ids_BT.shape[1]] if positions is None else self.wpe(positions))
         return F.dropout(x_BTC, self.config.dropout, self.training)
@@ -228,24 +227,6 @@ class HRMForCausalLM(nn.Module):
         if self.config.n_chars is not None:
             return self.lm_head.loss(h_MC, targets, IGNORE, reduction, z_loss)
         return ops.linear_cross_entropy(h_MC, self.lm_head.weight, targets, IGNORE, reduction, z_loss)
-
-    def with_cycles(self, H_cycles: int, L_cycles: int) -> HRMForCausalLM:
-        """The same weights (shared, nothing is copied) run with N = H_cycles x T = L_cycles a step: chosen per call.
-
-        Raises:
-            ValueError: one is below 1.
-        """
-        config = replace(self.config, hrm_H_cycles=H_cycles, hrm_L_cycles=L_cycles)
-        with torch.device("meta"):
-            other = HRMForCausalLM(config)
-        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
-        return other.train(self.training)
-
-    def generate(self, ids_BT: Tensor, max_new_tokens: int, *args, **options) -> Tensor | Generated | Generation:
-        """Continue each row; see hrm_model.generate.generate for the options and results."""
-        from .generate import generate
-
-        return generate(self, ids_BT, max_new_tokens, *args, **options)
 
     def _maybe_unused(self, gradient: str) -> Iterable[nn.Parameter]:
         """Parameters that the loss may not reach: they get an exact zero, never None, so that data-parallel training
@@ -310,6 +291,47 @@ class HRMForCausalLM(nn.Module):
         if told.device == limit.device and (told > limit).any():
             raise ValueError(f"pooled {told.tolist()} must not go beyond lengths {limit.tolist()}")
         return found
+
+
+class HRMForCausalLM(LanguageModel, nn.Module):
+    """The language model.
+
+    Args:
+        config: shape and rules; its defaults are the published 82.77 M parameters.
+    """
+
+    def __init__(self, config: HRMConfig):
+        super().__init__()
+        self.config = config
+        self.make_parts(config)
+        self.reset_parameters()
+
+    def num_parameters(self) -> int:
+        """Parameters, the tied pair counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.wte.weight.device
+
+    def with_cycles(self, H_cycles: int, L_cycles: int) -> HRMForCausalLM:
+        """The same weights (shared, nothing is copied) run with N = H_cycles x T = L_cycles a step: chosen per call.
+
+        Raises:
+            ValueError: one is below 1.
+        """
+        config = replace(self.config, hrm_H_cycles=H_cycles, hrm_L_cycles=L_cycles)
+        with torch.device("meta"):
+            other = HRMForCausalLM(config)
+        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        return other.train(self.training)
+
+    def generate(self, ids_BT: Tensor, max_new_tokens: int, *args, **options) -> Tensor | Generated | Generation:
+        """Continue each row; see hrm_model.generate.generate for the options and results."""
+        from .generate import generate
+
+        return generate(self, ids_BT, max_new_tokens, *args, **options)
 
 
 def check_halt_bias(halt_bias: float) -> None:

@@ -22,7 +22,7 @@ import hrm_kernels as ops
 from hrm_kernels import NewestTokens, Past
 
 from .cache import HRMCache
-from .model import HRMForCausalLM
+from .model import LanguageModel
 
 
 class Started(NamedTuple):
@@ -43,7 +43,7 @@ class NewestDecoder:
         driver: who starts the steps, of hrm_kernels/drivers.py; "host" takes no graphs at all.
     """
 
-    def __init__(self, model: HRMForCausalLM, cache: HRMCache, driver: str):
+    def __init__(self, model: LanguageModel, cache: HRMCache, driver: str):
         self.model, self.driver = model, driver
         # the cache keeps its decoders: a reference back would keep both until the garbage collector comes by
         self._cache = weakref.ref(cache)
@@ -68,7 +68,7 @@ class NewestDecoder:
         return all(p.data_ptr() == address for p, address in self._parameters)
 
     @classmethod
-    def of(cls, model: HRMForCausalLM, cache: HRMCache) -> NewestDecoder | None:
+    def of(cls, model: LanguageModel, cache: HRMCache) -> NewestDecoder | None:
         """A decoder, where kernels run the loop over steps and attend to the cache; else None.
 
         None under autocast too: its copies of weights do not outlive a call, and a graph would go on reading them. A

@@ -76,22 +76,49 @@ def prefixes(model, ids: Tensor, *, max_steps: int | None = None, halt_bias: flo
     halt_bias = config.halt_bias if halt_bias is None else halt_bias
     n_ids = min(config.vocab_size, END_OF_TEXT + 1)
     _check(ids, config.block_size, n_ids, max_steps, halt_bias)
+    ids = ids.to(model.device, torch.int64)
+    found = decided(model, ids, max_steps, halt_bias)
+    nll = torch.empty(len(ids) - 1, dtype=torch.float32, device=ids.device)
+    for start in range(0, len(ids), LOGIT_ROWS):
+        part = log_probs(model, found.h[start : start + LOGIT_ROWS], n_ids)
+        targets = ids[start + 1 : start + 1 + LOGIT_ROWS]
+        nll[start : start + len(targets)] = -part[: len(targets)].gather(1, targets[:, None])[:, 0]
+    return Prefixes(found.executed, found.halted, found.margins, nll, part[-1].clone())
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What every prefix decides, and the hidden states that predict its next token. T tokens, C channels, S steps."""
+
+    executed: Tensor
+    """[T] int64, as in Prefixes."""
+    halted: Tensor
+    """[T] bool."""
+    margins: Tensor
+    """[T, S] float32."""
+    h: Tensor
+    """[T, C]: the lm_head's input at each position, at the depth that its prefix decides."""
+
+
+@torch.no_grad()
+@ops.shared_casts()
+def decided(model, ids: Tensor, max_steps: int, halt_bias: float) -> Decided:
+    """The unroll of prefixes(), for ids [T] on the model's device, before anything is scored."""
     with evaluating(model):
-        return _unroll(model, ids.to(model.device, torch.int64), n_ids, max_steps, halt_bias)
+        return _unroll(model, ids, max_steps, halt_bias)
 
 
-def _unroll(model, ids: Tensor, n_ids: int, max_steps: int, halt_bias: float) -> Prefixes:
+def _unroll(model, ids: Tensor, max_steps: int, halt_bias: float) -> Decided:
     core, n_tokens, device = model.hrm_core, len(ids), ids.device
     rotary = model.rotary(n_tokens)
     x = model.embed(ids[None])
     for block in model.input_blocks:
         x = block.apply_to(x, rotary, None)
 
+    h_TC = torch.empty_like(x[0])
     executed = torch.full((n_tokens,), max_steps, dtype=torch.int64, device=device)
     halted = torch.zeros(n_tokens, dtype=torch.bool, device=device)
     margins = torch.empty(n_tokens, max_steps, dtype=torch.float32, device=device)
-    nll = torch.empty(n_tokens - 1, dtype=torch.float32, device=device)
-    next_log_probs = torch.empty(n_ids, dtype=torch.float32, device=device)
     for step, z_H in enumerate(core.unroll(x, rotary, None, max_steps), 1):
         q, halt = core.q_values(cumulative_mean(z_H[0])[:, None], halt_bias, None)
         margins[:, step - 1] = ops.halt_margin(q, halt_bias)
@@ -105,20 +132,13 @@ def _unroll(model, ids: Tensor, n_ids: int, max_steps: int, halt_bias: float) ->
         if len(rows):
             # A prefix decodes every position from its own depth's states; later positions are of no use to it.
             end = int(rows[-1]) + 1
-            h = model.decode(z_H[:, :end], None if rotary is None else rotary[:end], None)[0]
-            _score(model, h, rows, ids, n_ids, nll, next_log_probs)
-    return Prefixes(executed, halted, margins, nll, next_log_probs)
+            h_TC[rows] = model.decode(z_H[:, :end], None if rotary is None else rotary[:end], None)[0, rows]
+    return Decided(executed, halted, margins, h_TC)
 
 
-def _score(model, h: Tensor, rows: Tensor, ids: Tensor, n_ids: int, nll: Tensor, next_log_probs: Tensor) -> None:
-    """Fill in what positions `rows` predict. Ids that only pad the vocabulary get no probability."""
-    for part in rows.split(LOGIT_ROWS):
-        log_probs = model.lm_head(h[part])[:, :n_ids].float().log_softmax(-1)
-        inner = part[part < len(ids) - 1]
-        targets = ids[inner + 1]
-        nll[inner] = -log_probs[: len(inner)].gather(1, targets[:, None])[:, 0]
-        if len(inner) < len(part):
-            next_log_probs.copy_(log_probs[-1])
+def log_probs(model, h: Tensor, n_ids: int) -> Tensor:
+    """[n, C] of Decided.h -> [n, n_ids] float32, nats. Ids that only pad the vocabulary get no probability."""
+    return model.lm_head(h)[:, :n_ids].float().log_softmax(-1)
 
 
 def _check(ids: Tensor, block_size: int, n_ids: int, max_steps: int, halt_bias: float) -> None:

@@ -76,6 +76,12 @@ def read_published(path: str | Path) -> tuple[HRMConfig, dict[str, Tensor]]:
     return _config(content, path), _weights(content, path)
 
 
+def write_published(config: HRMConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A .pt file as read_published() reads it: the config's fields under config, weights under model_state_dict; no
+    class but torch's own is named in it."""
+    torch.save({"config": dataclasses.asdict(config), "model_state_dict": dict(tensors)}, path)
+
+
 def _load_inert(path: Path) -> Any:
     advice = "save it again with torch.save(), its default protocol, and weights as a state dict"
     try:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from .cache import HRMCache, Work, agree
-from .incremental import Extending
+from .incremental import Extending, extend
 from .model import HRMForCausalLM
 from .stops import StoppedText
 
+READ_AT_ONCE = 128
+"""Tokens of a prompt in a pass. Passes end at multiples of it, so that how a prompt is cut depends on nothing else."""
 WORTH_COPYING = 8
 """Tokens that a prompt must have in common with another row's, beyond what its own place holds, to be copied from
 it."""
@@ -75,8 +77,8 @@ class Recomputing:
     def __init__(self, model: HRMForCausalLM, options: dict):
         self.model, self.options, self.work = model, options, Work()
 
-    def next(self, rows: list[Row], draw: Draw) -> tuple[list[float], list[float], list[int]]:
-        """(tokens, log-probabilities, executed steps), one of each row."""
+    def next(self, rows: list[Row], draw: Draw) -> tuple[list[float], list[float], list[int], list[bool]]:
+        """(tokens, log-probabilities, executed steps, whether the head decided them), one of each row."""
         windows = [row.window for row in rows]
         sizes = [len(window) for window in windows]
         padded = torch.tensor([window + [0] * (max(sizes) - len(window)) for window in windows])
@@ -93,7 +95,7 @@ class Recomputing:
         self.work.core += sum(n * d for n, d in zip(sizes, executed, strict=True)) * config.blocks_per_step
         self.work.output += sum(sizes) * config.n_output_layers
         tokens, logprobs = draw(rows, out.logits[torch.arange(len(sizes)), torch.tensor(sizes) - 1]).tolist()
-        return tokens, logprobs, executed
+        return tokens, logprobs, executed, (out.executed_steps > out.steps_taken).tolist()
 
     def leave(self, row: Row) -> None:
         """The row is finished."""
@@ -118,8 +120,8 @@ class Cached:
         """All that the cache's rows have cost so far."""
         return self.cache.work
 
-    def next(self, rows: list[Row], draw: Draw) -> tuple[list[float], list[float], list[int]]:
-        """(tokens, log-probabilities, executed steps), one of each row."""
+    def next(self, rows: list[Row], draw: Draw) -> tuple[list[float], list[float], list[int], list[bool]]:
+        """(tokens, log-probabilities, executed steps, whether the head decided them), one of each row."""
         donors: dict[int, int] = {}
         came: list[Row] = []
         for row in rows:
@@ -133,8 +135,7 @@ class Cached:
                 donor = donors[row.number]
                 self.cache.copy(donor, [row.slot], self.cache.common(donor, row.window))
             found |= self._extend(followers, draw)
-        tokens, logprobs, executed = zip(*(found[row.number] for row in rows), strict=True)
-        return tokens, logprobs, executed
+        return tuple(zip(*(found[row.number] for row in rows), strict=True))
 
     def _settle(self, row: Row, came: list[Row], donors: dict[int, int]) -> None:
         """Give a row the free place that holds most of it already; note where more of it lies, or will."""
@@ -149,8 +150,8 @@ class Cached:
         if most is not None and there[most] >= own + WORTH_COPYING:
             donors[row.number] = most
 
-    def _extend(self, rows: list[Row], draw: Draw) -> dict[int, tuple[float, float, int]]:
-        """Of each row by its number: token, log-probability, executed steps."""
+    def _extend(self, rows: list[Row], draw: Draw) -> dict[int, tuple[float, float, int, bool]]:
+        """Of each row by its number: token, log-probability, executed steps, whether the head decided them."""
         new = {}
         for row in rows:
             window, held = row.window, self.cache.length(row.slot)
@@ -159,6 +160,7 @@ class Cached:
                 held = min(self.cache.common(row.slot, window), len(window) - 1)
                 self.cache.truncate(row.slot, held)
             new[row.slot] = window[held:]
+        self._read_ahead(rows, new)
         forced = [row.depth() for row in rows]
         work = Extending(self.model, self.cache, new, force_steps=forced, **self.options)
         result, drawn, again = work.finish(draw(rows, work.logits))
@@ -167,7 +169,21 @@ class Cached:
             for place, *values in zip(again, *redrawn, strict=True):
                 drawn[0][place], drawn[1][place] = values
         numbers = [row.number for row in rows]
-        return dict(zip(numbers, zip(*drawn, result.executed_steps, strict=True), strict=True))
+        return dict(zip(numbers, zip(*drawn, result.executed_steps, result.halted, strict=True), strict=True))
+
+    def _read_ahead(self, rows: list[Row], new: dict[int, list[int]]) -> None:
+        """All but the last pass of long prompts; `new` keeps what is left. Whoever drops a token each time (a full
+        window) reads all at once: there it would only cost."""
+        while True:
+            early = {}
+            for row in rows:
+                room = READ_AT_ONCE - self.cache.length(row.slot) % READ_AT_ONCE
+                if len(new[row.slot]) > room and not row.recomputed:
+                    early[row.slot], new[row.slot] = new[row.slot][:room], new[row.slot][room:]
+            if not early:
+                return
+            forced = [row.depth() for row in rows if row.slot in early]
+            extend(self.model, self.cache, early, force_steps=forced, **self.options)
 
     def leave(self, row: Row) -> None:
         """The row is finished; its place may go to another."""

@@ -58,9 +58,9 @@ class Sampling:
         if not is_number(self.repetition_penalty) or not 1 <= self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty {self.repetition_penalty!r} must be at least 1 (1 is off)")
 
-    def check_vocabulary(self, vocab_size: int) -> None:
+    def check_vocabulary(self, vocab_size: int, n_ids: int = N_GPT2_IDS) -> None:
         """Raises ValueError where top_k is more than there are tokens."""
-        n = min(vocab_size, N_GPT2_IDS)
+        n = min(vocab_size, n_ids)
         if self.top_k is not None and self.top_k > n:
             raise ValueError(f"top_k {self.top_k} is above {n}, the tokens there are; leave it out to keep all")
 
@@ -71,19 +71,21 @@ def draw(
     sampling: Sampling,
     seen: Tensor | None = None,
     forbidden: Tensor | None = None,
+    n_ids: int = N_GPT2_IDS,
 ) -> Tensor:
     """One token for each row, without waiting for the device.
 
     Args:
         logits: [B, V], any float dtype. uniform: a number in [0, 1) for each row; not looked at when greedy.
         seen: [B, V] bool, tokens that the penalty lowers. forbidden: [B, V] bool, tokens not to be drawn now.
+        n_ids: ids from here on are no tokens; the default is GPT-2's number.
     Returns:
         float32 [2, B]: tokens (below 2^24, so float32 carries them exactly), and log-probabilities in nats before
         penalty, temperature and filters: the model's own. nan where the logits are not finite.
     """
     logits = logits.float()
-    if logits.shape[1] > N_GPT2_IDS:
-        logits = logits[:, :N_GPT2_IDS]
+    if logits.shape[1] > n_ids:
+        logits = logits[:, :n_ids]
     scores = logits
     if seen is not None and sampling.repetition_penalty != 1.0:
         p = sampling.repetition_penalty
@@ -119,8 +121,10 @@ def _sampled(scores: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     # first index whose cumulative sum exceeds uniform * total: never one of probability 0
-    sums = probabilities.cumsum(-1)
-    index = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+    # wide: 50,257 additions in float32 are off by 1e-5, which moves the edges of rare tokens past one another whenever
+    # a logit is rounded differently
+    sums = probabilities.cumsum(-1, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)
+    index = torch.searchsorted(sums, uniform[:, None].to(sums.dtype) * sums[:, -1:], right=True)
     # rounding can put the product at the total itself: the last token that has a probability
     last = (probabilities > 0).float().mul_(torch.arange(1, sums.shape[1] + 1, device=sums.device)).argmax(-1, True)
     index = torch.minimum(index, last)

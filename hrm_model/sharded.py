@@ -4,7 +4,8 @@
     model-00002-of-00004.safetensors     what the second of four held: rows (first axis) of the tensors in shards
     metadata "rows"                      JSON: tensor name -> [its first row here, its rows in all]
 
-Reading joins the rows, so how many processes wrote is of no concern to anybody else.
+Hugging Face names the parts of a large model alike, with whole tensors in each and no "rows". Reading joins all, so how
+many processes wrote is of no concern to anybody else.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def read_whole(directory: Path, name: str) -> tuple[dict[str, Tensor], dict[str,
     for file in files:
         tensors, metadata = read_tensors(directory / file)
         try:
-            rows = json.loads(metadata["rows"])
+            rows = json.loads(metadata.get("rows", "{}"))
             for key, tensor in tensors.items():
                 if key in rows:
                     first, total = rows[key]

@@ -48,7 +48,7 @@ def _parts(text: str) -> list[str]:
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: Path) -> dict[bytes, int]:
     """The id of each byte sequence.
 
     Raises FileNotFoundError without the file and ValueError when its contents are not the published ones: one
@@ -81,7 +81,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=SPLIT_PATTERN,
-            mergeable_ranks=_read_ranks(Path(ranks_file)),
+            mergeable_ranks=read_ranks(Path(ranks_file)),
             special_tokens={END_OF_TEXT: self.eot},
             explicit_n_vocab=self.n_vocab,
         )
@@ -89,6 +89,14 @@ class Tokenizer:
     def describe(self) -> dict[str, str | int]:
         """What a dataset's manifest says of the tokenizer that made it."""
         return {"name": self.name, "sha256": self.sha256, "vocab_size": self.n_vocab, "eot": self.eot}
+
+    def check_vocabulary(self, vocab_size: int, whose: str) -> None:
+        """Raises ValueError where a model of so many ids cannot read text."""
+        if vocab_size < self.n_vocab:
+            raise ValueError(
+                f"{whose} has vocab_size {vocab_size}, and text needs GPT-2's {self.n_vocab}; "
+                "take a model that was trained on text"
+            )
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of a text.

@@ -46,7 +46,8 @@ def test_the_pages_table_is_the_catalogue():
         (c.name, c.repository, c.config, c.text_key, c.tokens) for c in PUBLISHED
     ]
     assert f"{VAL_FRACTION:.2%}".replace("%", " %") in PAGE
-    assert f"up to {Backoff().attempts} attempts, {Backoff().first_s:g} to {Backoff().longest_s:g} seconds" in PAGE
+    wait = Backoff()
+    assert f"up to {wait.attempts} attempts, at most {wait.first_s:g} to {wait.longest_s:g} seconds" in PAGE
 
 
 def test_the_pages_files_and_flags_exist(capsys):

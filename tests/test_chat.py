@@ -62,6 +62,16 @@ def test_an_answer_ends_where_the_template_says(session):
     assert say(session, "How are you?") == ANSWER and session.turns == 2
 
 
+def test_a_model_of_four_bits_says_the_same(learned, tmp_path):
+    pytest.importorskip("torchao")
+    from hrm_model.cli import main
+
+    assert main(["quantize", str(learned), "--to", "int4", "--out", str(tmp_path / "m"), "--no-report"]) == 0
+    quantised = load_model(tmp_path / "m")[0]
+    session = ChatSession(quantised, TOKENIZER, ChatSettings(sampling=GREEDY, seed=1, max_new_tokens=24))
+    assert say(session, "Hi") == ANSWER and say(session, "How are you?") == ANSWER
+
+
 def test_a_turn_computes_only_what_is_new(session, model):
     say(session, "Hi")
     before = session.cache.work.input

@@ -79,7 +79,8 @@ def test_version(hrm):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_without_a_checkpoint_it_says_how_to_get_one(hrm, name, tmp_path):
-    more = {"depth": ["--text", "x"], "convert": [str(tmp_path / "out")]}
+    more = {"depth": ["--text", "x"], "convert": [str(tmp_path / "out")], "quantize": ["--to", "int8"]}
+    more |= {"eval": ["--text", "x"]}
     for argv, code in (([name], 2), ([name, str(tmp_path / "none"), *more.get(name, [])], 1)):
         status, out, err = hrm(*argv)
         assert status == code and not out and err.count("\n") == 1
@@ -95,6 +96,11 @@ def test_a_wrong_command_line_is_one_line_with_the_nearest_right_word(hrm, saved
     ):
         status, out, err = hrm(*argv)
         assert status == 2 and not out and err.count("\n") == 1 and message in err
+
+
+def test_a_negative_number_or_range_is_no_flag():
+    given = ["--halt-bias", "-2:2:0.5", "--halt_bias", "-inf", "-x", "-1", "--", "--y", "-.5"]
+    assert with_dashes(given) == ["--halt-bias=-2:2:0.5", "--halt-bias=-inf", "-x", "-1", "--", "--y", "-.5"]
 
 
 def test_flags_may_be_written_as_the_published_scripts_do(hrm, saved):

@@ -50,6 +50,20 @@ def test_what_a_row_says_does_not_depend_on_its_neighbours(model):
     assert both[1][:2] == [5, 2] and len(both[1]) == len(both[0])
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="products depend on the number of rows")
+def test_a_rows_bits_do_not_depend_on_its_batch(monkeypatch):
+    """In float32, whatever the others' lengths, with prompts of several passes."""
+    monkeypatch.setattr("hrm_model.rows.READ_AT_ONCE", 8)
+    model = thinker(dtype=torch.float32, vocab_size=50304)
+    prompts = [[n, *range(n, n + size)] for n, size in ((5, 1), (90, 20), (40, 7), (700, 9))]
+    events = list(stream(model, prompts, 9, seed=[3] * 4, sampling=Sampling(0.9)))
+    for number, ids in enumerate(prompts):
+        together = [(e.token, e.logprob, e.steps) for e in events if e.row == number]
+        assert together == [
+            (e.token, e.logprob, e.steps) for e in stream(model, [ids], 9, seed=3, sampling=Sampling(0.9))
+        ]
+
+
 def test_a_seed_repeats_and_another_does_not(model):
     draw = [model.generate(ids([1, 2]), 20, temperature=2.0, seed=s).tolist() for s in (0, 0, 1)]
     assert draw[0] == draw[1] != draw[2]

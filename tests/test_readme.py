@@ -17,6 +17,7 @@ from bench.halting_tasks import main as halting_tasks_main
 from bench.halting_text import main as halting_text_main
 from bench.hrm_step import main as hrm_step_main
 from bench.ops import main as ops_main
+from bench.quantized import main as quantized_main
 from bench.soak import main as soak_main
 from hrm_kernels.offline import main as offline_main
 from hrm_model.cli import COMMANDS
@@ -32,8 +33,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+GUIDES = ("chat", "finetune", "depth", "deploy")
+"""Pages of docs/ whose commands run as they stand, where command one has been."""
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_every_file_it_names_exists():
@@ -59,7 +64,7 @@ def test_every_module_of_the_packages_is_in_its_map():
 def test_every_flag_it_names_exists(capsys):
     with pytest.raises(SystemExit):
         prepare_main(["--help"])
-    fits = continual_main, identity_main, halting_main, halting_tasks_main, halting_text_main, soak_main
+    fits = continual_main, identity_main, halting_main, halting_tasks_main, halting_text_main, quantized_main, soak_main
     for command in (generate_main, hrm_step_main, ops_main, offline_main, *fits):
         with pytest.raises(SystemExit):
             command(["--help"])
@@ -84,7 +89,8 @@ def commands() -> list[str]:
 
 @pytest.mark.slow
 def test_every_command_runs_as_it_stands(tmp_path):
-    """In a clean copy, one after the other, then the Python example. Command two is how this test is run itself."""
+    """In a clean copy, one after the other, then the Python example, and the guides a block of commands at a time.
+    Command two is how this test is run itself."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         target = tmp_path / "copy" / name
@@ -97,9 +103,15 @@ def test_every_command_runs_as_it_stands(tmp_path):
     environment = COMPILING | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
     outputs = {}
-    for command in [*commands(), f"python -c {shlex.quote(blocks('python')[0])}"]:
+    guides = [block for name in GUIDES for block in blocks("bash", (ROOT / "docs" / f"{name}.md").read_text("utf-8"))]
+    for command in [*commands(), f"python -c {shlex.quote(blocks('python')[0])}", *guides]:
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True, check=False
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=tmp_path / "copy",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         outputs[command] = done.stdout

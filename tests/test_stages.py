@@ -264,6 +264,29 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(forgetting, tmp_path
     assert_same_bits(weights(tmp_path / "run", ended), weights(tmp_path / "whole", ended))
 
 
+def test_an_evaluation_that_a_signal_interrupted_is_made_up_for(forgetting, tmp_path):
+    """Without it the resumed run would not see that conversations have been unlearned."""
+    whole = forgetting | {"out": str(tmp_path / "whole")}
+    assert run(dict(whole), "calibrate") == 0
+    ended = records(tmp_path / "whole", "eval")[-1]["step"]
+    assert ended > 2
+    training = build(dict(forgetting), "calibrate")
+    read = training.evaluation._read
+
+    def interrupted(stop):
+        if training.step == ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(stop)
+
+    training.evaluation._read = interrupted
+    assert training() == 75
+    assert run(forgetting | {"resume": "auto"}, "calibrate") == 0
+    found, expected = ([(r["step"], r["val_loss"]) for r in records(tmp_path / n, "eval")] for n in ("run", "whole"))
+    assert found == expected
+    assert best_checkpoint(tmp_path / "run").name == best_checkpoint(tmp_path / "whole").name
+    assert_same_bits(weights(tmp_path / "run", ended), weights(tmp_path / "whole", ended))
+
+
 @pytest.mark.parametrize(("stage", "ema"), [("converse", 0.0), ("calibrate", 0.0), ("calibrate", 0.9)])
 def test_a_resumed_stage_has_the_weights_and_optimizer_of_an_uninterrupted_one(
     stage, ema, talks, start_model, tmp_path

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from hrm_model.tokenizer import RANKS_FILE, IncrementalDecoder, Tokenizer, _read_ranks, get_tokenizer
+from hrm_model.tokenizer import RANKS_FILE, IncrementalDecoder, Tokenizer, get_tokenizer, read_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 # As in the GPT-2 release; ours is written differently for the engine's sake.
@@ -40,7 +40,7 @@ def test_ids_are_those_of_gpt2(tokenizer, text, ids):
 
 def test_ids_equal_those_of_the_released_pattern_on_random_text(tokenizer):
     released = tiktoken.Encoding(
-        "released", pat_str=RELEASED_PATTERN, mergeable_ranks=_read_ranks(RANKS_FILE), special_tokens={}
+        "released", pat_str=RELEASED_PATTERN, mergeable_ranks=read_ranks(RANKS_FILE), special_tokens={}
     )
     draw = random.Random(0)
     alphabet = "abÉ 1'\n\t\r \u3000\x85\xa0\x1c\u200b.=é😀 \n'stll"

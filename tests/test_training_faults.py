@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +13,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_helpers import adamw, linux, net, run_python, train
-from pretrain_helpers import NO_PICTURES, SCRIPT, Forks, assert_same_bits, checkpoint_of, records, short_run, weights
+from pretrain_helpers import (
+    NO_PICTURES,
+    SCRIPT,
+    Forks,
+    assert_same_bits,
+    checkpoint_of,
+    records,
+    short_run,
+    start_from,
+    weights,
+)
 
+from hrm_model import HRMConfig, HRMForCausalLM, save_model
 from hrm_model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from hrm_model.training import command
 from train.pretrain import main
 
 pytestmark = [linux, *NO_PICTURES]
@@ -259,13 +275,57 @@ def test_a_read_only_directory_is_named(forks, flags, tmp_path):
     assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 2)
 
 
+def test_a_log_that_a_full_disk_does_not_take_is_named_and_the_steps_are_saved(forks, flags, tmp_path):
+    log = tmp_path / "run" / "metrics.jsonl"
+    full = """
+import errno, io
+class Full(io.TextIOWrapper):
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+import hrm_model.training.metrics as metrics
+write = metrics.MetricsLog.write
+def written(self, record):
+    if record["step"] == 3:
+        self._file = Full(open("/dev/null", "wb"))
+    write(self, record)
+metrics.MetricsLog.write = written
+"""
+    codes, printed = forks.run(1, flags, inject=full)
+    assert codes == [1] and "Traceback" not in printed[0], printed
+    assert f"error: cannot write {log}: no space left on device" in printed[0]
+    assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 3)
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(100), b"[]", b'{"resumed": 3}', b"\xff\xfe", b'{"run": {'])
+def test_a_damaged_run_json_is_written_anew_and_the_run_goes_on(flags, tmp_path, whole, damage):
+    run = shutil.copytree(whole(1), tmp_path / "run")
+    shutil.rmtree(checkpoint_of(run, 6))
+    (run / "run.json").write_bytes(damage)
+    with pytest.warns(RuntimeWarning, match=r"run\.json .*it is written anew"):
+        assert main([*flags, "--resume", "auto"]) == 0
+    origin = json.loads((run / "run.json").read_text())
+    assert origin["run"]["steps"] == STEPS and [r["step"] for r in origin["resumed"]] == [4]
+
+
+def test_damaged_lines_of_the_log_are_left_out(flags, tmp_path, whole):
+    run = shutil.copytree(whole(1), tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace('"kind"', '"kinf"')
+    lines[-1] = lines[-1].replace('"eval"', '"evil"')
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert [r["step"] for r in records(run, "train")] == [1, 3, 4, 5, 6]
+    assert [r["val_loss"] for r in records(run, "eval")] == [r["val_loss"] for r in records(whole(1), "eval")]
+
+
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 AT_FSYNC = """
 import os, signal
 fsync, count = os.fsync, [0]
 def synced(handle):
-    count[0] += 1
+    number = handle if isinstance(handle, int) else handle.fileno()
+    count[0] += "/checkpoints" in os.readlink(f"/proc/self/fd/{{number}}")
     if count[0] in {counts}:
         os.kill(os.getpid(), signal.SIGTERM)
     fsync(handle)
@@ -322,6 +382,37 @@ def test_a_gradient_of_one_process_that_is_not_finite_stops_all_before_the_updat
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+HEAD_NAN = """
+from hrm_model.training.head import HeadTraining
+add, count = HeadTraining.add_exits, [0]
+def spoiled(self, found):
+    add(self, found)
+    count[0] += 1
+    if count[0] == 5:
+        self._gradient[0][0, 0] = float("nan")
+HeadTraining.add_exits = spoiled
+"""
+
+
+def test_a_gradient_of_the_head_that_is_not_finite_stops_before_the_update(forks, flags, tmp_path):
+    """Its loss is finite."""
+    codes, printed = forks.run(1, flags, inject=HEAD_NAN)
+    assert codes == [76], printed
+    assert "error: step 4: the halting head's loss or gradient is not finite" in printed[0]
+    assert "no parameter was changed" in printed[0]
+    assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 3)
+
+
+def test_a_model_that_is_not_finite_is_no_start(flags, tiny_model, tmp_path, capsys):
+    model = HRMForCausalLM(HRMConfig.from_dict(json.loads(tiny_model.read_text())))
+    torch.nn.init.constant_(model.ln_f.weight, math.nan)
+    start_from(save_model(model, tmp_path / "spoiled"), flags)
+    for extra in ([], ["--dry-run"]):
+        assert main([*flags, *extra]) == 1
+        assert f"--init-from {tmp_path / 'spoiled'} has weights that are not finite, in ln_f" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_out_of_memory_names_the_flags_to_change(forks, flags):
     """The address space of a process that has started may grow by 60 MB."""
     limit = """
@@ -333,7 +424,45 @@ resource.setrlimit(resource.RLIMIT_AS, (pages + 60_000_000,) * 2)
     assert codes == [1] and "Traceback" not in printed[0], printed
     last = printed[0].splitlines()[-1]
     assert last.startswith("error: out of memory (")
-    assert "--batch-size" in last and "--recompute" in last and "--accumulation" in last
+    assert "--resume auto and a lower --batch-size and --accumulation raised in proportion, or --recompute" in last
+
+
+def test_what_the_message_of_memory_that_ran_out_says_helps(forks, flags, tmp_path, whole):
+    """The run goes on from its checkpoint with the flags that the message names."""
+    failing = at_update(4, "raise torch.OutOfMemoryError('CUDA out of memory')", after=True)
+    assert forks.run(1, flags, inject=failing)[0] == [1]
+    shutil.copytree(tmp_path / "run", tmp_path / "smaller")
+    assert_resumes(forks, [*flags, "--recompute"], whole(1), step=2)
+
+    flags[flags.index("--out") + 1] = str(tmp_path / "smaller")
+    smaller = ["--batch-size", "1", "--accumulation", "4", "--resume", "auto"]
+    codes, printed = forks.run(1, [*flags, *smaller])
+    assert codes == [0] and "(step 2)" in printed[0] and "not the same bits" in printed[0], printed
+    found, expected = (records(run, "train")[2] for run in (tmp_path / "smaller", whole(1)))
+    assert found["depths"] == expected["depths"] and found["loss"] == pytest.approx(expected["loss"], abs=0.02)
+    codes, printed = forks.run(1, [*flags, "--batch-size", "1", "--resume", "auto"])
+    assert codes == [1] and "--accumulation was 4, is 2" in printed[0], "other rows in each step"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(12, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_one(error, monkeypatch, capsys):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(command, "build", fails)
+    for stage, flag in (("pretrain", "--batch-size"), ("converse", "--tokens-per-batch")):
+        assert command.run({}, stage) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: out of memory (") and flag in said and said.count("--recompute") == 1
 
 
 def test_memory_that_ends_in_the_middle_of_an_update_saves_no_torn_weights(forks, flags, tmp_path, whole):
@@ -345,9 +474,7 @@ def test_memory_that_ends_in_the_middle_of_an_update_saves_no_torn_weights(forks
 
 def test_an_error_between_updates_saves_the_steps_that_were_taken(forks, flags, tmp_path, whole):
     failing = at_update(4, "raise torch.OutOfMemoryError('CUDA out of memory')")
-    failing = failing.replace("torch.optim.AdamW.step", "torch.nn.utils.clip_grads_with_norm_").replace(
-        "4 and", "4 and"
-    )
+    failing = failing.replace("torch.optim.AdamW.step", "torch.nn.utils.clip_grads_with_norm_")
     codes, printed = forks.run(1, flags, inject=failing)
     assert codes == [1] and "out of memory" in printed[0]
     assert_resumes(forks, flags, whole(1), step=3)
@@ -383,17 +510,29 @@ def test_a_process_that_stalls_ends_the_others_within_the_timeout(forks, flags, 
 
 def test_samples_that_one_process_cannot_read_end_all_after_a_save(forks, flags, tmp_path, whole):
     broken = """
-import numpy
-def failing(self, key):
+def failing(*args):
     raise OSError(5, "Input/output error")
 """
-    broken += at_update(3, "numpy.memmap.__getitem__ = failing", of_rank=1)
+    broken += at_update(3, "os.pread = failing", of_rank=1)
     codes, printed = forks.run(2, flags, inject=broken)
     assert codes == [1, 1], printed
     assert "error: step 4: another process cannot read its samples" in printed[0]
     assert "error: process 1: step 4: [Errno 5] Input/output error; saved at step 3" in printed[1]
     assert latest_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 3)
     assert_resumes(forks, flags, whole(2), size=2, step=3)
+
+
+def test_a_shard_that_is_cut_short_in_use_ends_the_run_after_a_save(forks, flags, tiny_dataset, tmp_path):
+    """Another program truncates what is being read: no SIGBUS, but an error that names the file."""
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    cut = f"[os.truncate(path, 0) for path in pathlib.Path({str(data)!r}).glob('train-*')]"
+    codes, printed = forks.run(1, [*flags, "--data", str(data)], inject="import pathlib\n" + at_update(3, cut))
+    assert codes == [1], printed
+    last = printed[0].splitlines()[-1]
+    assert last.startswith(f"error: step 4: shard {data}/train-0000") and "was cut short while it was in use" in last
+    assert last.endswith("saved at step 3") and latest_checkpoint(tmp_path / "run") == checkpoint_of(
+        tmp_path / "run", 3
+    )
 
 
 def torchrun(flags: list[str], log: Path, *options: str) -> subprocess.Popen:

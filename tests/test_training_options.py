@@ -19,6 +19,7 @@ from pretrain_helpers import NO_PICTURES, assert_same_bits, checkpoint_of, recor
 from small_models import thinker
 
 from hrm_model import HRMForCausalLM, load_model, save_model
+from hrm_model.training import loop
 from hrm_model.training.ema import WeightAverage
 from hrm_model.training.optim import AdamAtan2
 from hrm_model.training.recipes import TrainConfig
@@ -123,6 +124,22 @@ def test_wsd_stays_and_then_falls_over_the_last_share():
     assert found[:64] == rates(schedule="wsd", decay=0.2, steps=80)[:64], "a longer run begins alike"
     assert set(rates(schedule="wsd", decay=0.0)[4:]) == {1.0}
     assert rates(schedule="wsd", decay=1.0) == pytest.approx(rates(schedule="linear"))
+
+
+def test_a_wsd_run_is_prolonged_from_a_checkpoint_at_its_peak(flags, tmp_path, capsys):
+    flags += "--schedule wsd --decay 0.25 --dropout 0 --depth fixed:1 --halting none --target-steps 0".split()
+    assert main([*flags, "--steps", "12", "--out", str(tmp_path / "long")]) == 0
+    assert main(flags) == 0
+    longer = resumed_from(tmp_path / "run", 4, [*flags, "--steps", "12"], tmp_path / "longer")
+    assert_same_bits(weights(longer, 12), weights(tmp_path / "long", 12))
+    capsys.readouterr()
+    assert main([*flags, "--steps", "12", "--resume", "auto"]) == 1, "at step 8 it has fallen"
+    assert "--steps was 8, is 12" in capsys.readouterr().err
+    assert main([*flags, "--schedule", "cosine", "--out", str(tmp_path / "cosine")]) == 0
+    assert (
+        main([*flags, "--schedule", "cosine", "--out", str(tmp_path / "cosine"), "--steps", "9", "--resume", "auto"])
+        == 1
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
@@ -271,7 +288,12 @@ def test_the_model_refuses_impossible_gradients(options, message):
         ("--schedule step", "--schedule 'step' is none of cosine, linear, wsd"),
         ("--decay 1.5", r"--decay 1.5 is outside 0\.\.1"),
         ("--parallel tensor", "--parallel 'tensor' is none of auto, ddp, fsdp"),
-        ("--timeout -1", "--timeout -1.0 is not a finite number of at least 0"),
+        ("--timeout -1", "--timeout -1.0 is not a finite number of minutes above 0"),
+        ("--timeout 0", "--timeout 0.0 is not a finite number of minutes above 0"),
+        (
+            "--sample-tokens 4",
+            "--sample-prompt 'The' has token ids up to 464, the model's vocab_size 61 allows up to 60",
+        ),
     ],
 )
 def test_impossible_options_are_named(flags, capsys, extra, message):
@@ -371,6 +393,27 @@ def test_a_second_run_in_a_directory_is_refused_with_the_firsts_id(flags, tmp_pa
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.lock"]
         other.send_signal(signal.SIGKILL)
     assert main(flags) == 0, "the lock of a process that was killed holds nobody up"
+
+
+def test_a_run_that_began_and_ended_while_another_was_being_built_is_not_trained_over(
+    flags, tmp_path, monkeypatch, capsys
+):
+    """The lock is free again by the time at which the second one asks for it."""
+    opened, first = loop.open_stage_data, []
+
+    def meanwhile(*args):
+        if not first:
+            first.append(True)
+            assert main(flags) == 0
+            first.append(
+                {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix != ".lock"}
+            )
+        return opened(*args)
+
+    monkeypatch.setattr(loop, "open_stage_data", meanwhile)
+    assert main(flags) == 1
+    assert f"another process trained in --out {tmp_path / 'run'} while this one started" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in first[1].items())
 
 
 def test_a_run_gives_its_lock_back(flags, tmp_path):

@@ -38,14 +38,15 @@ def facts(path: str, device: str = "auto") -> dict[str, Any]:
     """What is known about a checkpoint, as plain JSON values.
 
     Returns:
-        name, path, files (what was verified), parameters (by part, total), config, halting, flops_per_token (forward,
-        in a full window, by depth), cache (bytes per token and window by dtype, how many windows fit), training (step
-        and losses of a training run, else None).
+        name, path, files (what was verified), parameters (by part, total), quantization (None or how), config, halting,
+        flops_per_token (forward, in a full window, by depth), cache (bytes per token and window by dtype, how many
+        windows fit), training (step and losses of a training run, else None).
 
     Raises:
         ValueError, OSError: as load_model() and choose_device().
     """
     from ..checkpoint import load_model
+    from ..quantization import quantization_of
     from ..training.device import choose_device
 
     chosen = choose_device(device)
@@ -56,6 +57,7 @@ def facts(path: str, device: str = "auto") -> dict[str, Any]:
         "path": str(path),
         "files": files,
         "parameters": _parameters(model),
+        "quantization": None if (how := quantization_of(model)) is None else how.to_dict(),
         "config": config.to_dict(),
         "halting": _halting(config),
         "flops_per_token": _flops(config),
@@ -161,6 +163,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     parameters, halting, cache = found["parameters"], found["halting"], found["cache"]
     total = parameters["total"]
     lines = [f"{found['name']}: {total:,} parameters", f"files: {found['files']}"]
+    if how := found["quantization"]:
+        from ..quantization import Quantization
+
+        lines.append(f"quantised: {Quantization.from_dict(how).describe()}")
     if training := found["training"]:
         of = f" of {training['steps']}" if training["steps"] else ""
         recipe = f", recipe {training['recipe']}" if training["recipe"] else ""

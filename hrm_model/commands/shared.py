@@ -142,6 +142,7 @@ def load(args: argparse.Namespace):
     import torch
 
     from ..checkpoint import load_model
+    from ..quantization import quantization_of
     from ..tokenizer import get_tokenizer
     from ..training.device import choose_device, choose_kernels
 
@@ -150,14 +151,19 @@ def load(args: argparse.Namespace):
     if args.fused != "off":
         print(kernels, file=sys.stderr)
     model, config = load_model(args.ckpt, device, getattr(torch, args.dtype))
+    if args.fused != "off" and (how := quantization_of(model)) is not None:
+        if args.fused == "require":
+            raise ValueError(
+                f"--fused=require: {args.ckpt} is quantised to {how.to}, and no kernel multiplies by such weights; "
+                "use --fused for what there is, or its float32 source"
+            )
+        print(
+            f"quantised to {how.to}: products with weights and the loop over steps are the reference", file=sys.stderr
+        )
     if config.n_chars is not None:
         from ..continual.store import model_directory_of
 
         return model, model_directory_of(args.ckpt).tokenizer()
     tokenizer = get_tokenizer()
-    if config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"{args.ckpt} has vocab_size {config.vocab_size}, and text needs GPT-2's {tokenizer.n_vocab}; "
-            "take a model that was trained on text"
-        )
+    tokenizer.check_vocabulary(config.vocab_size, args.ckpt)
     return model, tokenizer

@@ -44,7 +44,7 @@ def run(given: dict[str, Any]) -> int:
         print(told)
         return 0
     except Exception as error:
-        message = explained(error)
+        message = explained(error, "continual")
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -95,6 +95,11 @@ class ContinualConfig(TrainConfig):
         except ValueError as error:
             yield str(error)
 
+    @classmethod
+    def stage_names(cls) -> tuple[str, ...]:
+        """The one there is."""
+        return ("continual",)
+
     @property
     def growth(self) -> GrowthRule:
         """When and how layers are added."""

@@ -304,7 +304,7 @@ class ContinualTraining(Training):
 
     def _losses(self, model: HRMForCausalLM, texts: list[Seen]) -> list[float]:
         """Nats per character on each text's validation split, at the depth that the model uses."""
-        own = Evaluation(self.run, model, [], self.dtype).own_depth
+        own = Evaluation(self.run, model, [], self.dtype, tokenizer=self.tokenizer).own_depth
         rule, found = "head" if own is None else f"fixed:{own}", []
         for number, text in enumerate(texts, 1):
             dataset = open_dataset(self.lesson.directory.data(number, text.name), verify=True)

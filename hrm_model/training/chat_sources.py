@@ -132,7 +132,7 @@ class FileChat:
         self.description = {"name": self.name, "path": str(path), "sha256": digests}
 
     def items(self, report: ChatReport) -> Iterator[Item]:
-        rows = ((where, row) for file in self._files for where, row in _rows_of(file, report))
+        rows = ((where, row) for file in self._files for where, row in rows_of(file, report))
         yield from _items(rows, self._trees, self.name, report)
 
 
@@ -236,7 +236,7 @@ def _files_under(path: Path) -> list[Path]:
     return sorted(files, key=lambda file: file.relative_to(path).as_posix())
 
 
-def _rows_of(file: Path, report: ChatReport) -> Iterator[tuple[str, Any]]:
+def rows_of(file: Path, report: ChatReport) -> Iterator[tuple[str, Any]]:
     """(place, value) of each line, entry or row of a file."""
     name = file.name.lower()
     if name.endswith(".parquet"):

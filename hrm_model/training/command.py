@@ -110,6 +110,11 @@ def _ensure(path: str) -> None:
 
 def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], list[str]] | None = None) -> int:
     """Build the run and train; returns the process's exit status, an error being one line."""
+    return run_built(lambda: build(given, stage, make_data), stage)
+
+
+def run_built(make: Callable[[], Training], stage: str) -> int:
+    """Train what `make` makes; returns the process's exit status, an error being one line."""
     from .distributed import leave
 
     for stream in (sys.stdout, sys.stderr):
@@ -117,14 +122,14 @@ def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], 
             stream.reconfigure(errors="replace")  # a sampled character that the terminal lacks must not end a run
     training = None
     try:
-        try:
-            training = build(given, stage, make_data)
-        except KeyboardInterrupt:
-            print("\nstopped before training began; nothing was lost", file=sys.stderr)
-            return 130
+        training = make()
         return training()
+    except KeyboardInterrupt:  # outside of the training loop, which ends in its own way
+        when = "before training began" if training is None else "before or after training"
+        print(f"\nstopped {when}; nothing was lost", file=sys.stderr)
+        return 130
     except Exception as error:
-        message = explained(error)
+        message = explained(error, stage)
         if message is None:  # a fault of ours: its traceback is what helps
             raise
         where = f"process {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
@@ -135,23 +140,35 @@ def run(given: dict[str, Any], stage: str = "pretrain", make_data: Callable[[], 
         leave()
 
 
-def explained(error: Exception) -> str | None:
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+"""Of torch on GPUs and CPUs, of the system, of cuBLAS and cuDNN, in lower case."""
+
+
+def explained(error: Exception, stage: str) -> str | None:
     """What to say of an error that has its cause outside this code; None of any other."""
     import torch
 
     from hrm_kernels import BackendError
 
     from ..ranks import OtherRankError
+    from .step import DataError, NotFiniteError
 
-    if isinstance(error, (ValueError, OSError, BackendError, OtherRankError)):  # CheckpointError is a ValueError
-        return str(error)
     text = str(error) or type(error).__name__
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
+        if stage in ("hybrid", "continual"):
+            return (
+                f"out of memory ({text.splitlines()[0]}); start anew with a lower --batch-size and --accumulation "
+                "raised in proportion, or with --dtype bfloat16"
+            )
+        smaller = "a lower --batch-size and --accumulation raised in proportion" if stage == "pretrain" else ""
         return (
-            f"out of memory ({text.splitlines()[0]}); lower --batch-size (and raise "
-            "--accumulation in proportion, for the same steps) or --tokens-per-batch, or use --recompute, --dtype "
-            "bfloat16, or --parallel fsdp under torchrun; then --resume auto"
+            f"out of memory ({text.splitlines()[0]}); go on with --resume auto and "
+            f"{smaller + ', or ' if smaller else ''}--recompute, or --parallel fsdp under torchrun; or start anew with "
+            f"--dtype bfloat16{'' if smaller else ' or a lower --tokens-per-batch'}"
         )
+    # CheckpointError is a ValueError
+    if isinstance(error, (ValueError, OSError, BackendError, OtherRankError, DataError, NotFiniteError)):
+        return text
     if isinstance(error, RuntimeError) and (isinstance(error, torch.distributed.DistError) or "gloo" in text.lower()):
         return (
             f"lost the other processes ({text.splitlines()[0]}); one of them died or was stalled for longer than "

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from .shards import Split
 
 
+_TOGETHER = 1 << 24
+"""Ids whose masks are looked at together, 16 MiB."""
+
+
 class Conversations:
     """N conversations, each of which is a row of ids that ends with the end-of-text id. len() is N.
 
@@ -33,13 +37,12 @@ class Conversations:
     def answers(self) -> np.ndarray:
         """Targets of each conversation, int64 [N]: how many of its ids belong to answers."""
         counts = np.zeros(len(self), dtype=np.int64)
-        first = 0
-        for mask in self._mask.shards:
-            # Conversations with ids in this shard: the first may have begun, the last may end in another.
+        for first in range(0, len(self._mask), _TOGETHER):
+            mask = self._mask.read(first, min(_TOGETHER, len(self._mask) - first))
+            # Conversations with ids in this part: the first may have begun, the last may end in another.
             low, high = np.searchsorted(self._ends, first, "right"), np.searchsorted(self._ends, first + len(mask)) + 1
             starts = self._ends[low:high] - self.lengths[low:high] - first
             counts[low:high] += np.add.reduceat(mask, starts.clip(0), dtype=np.int64)
-            first += len(mask)
         return counts
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:

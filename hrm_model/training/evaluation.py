@@ -34,6 +34,20 @@ class Evaluation:
     tokenizer: Any = None
     """Of the samples; None is GPT-2's."""
 
+    def __post_init__(self):
+        largest, vocab_size = max(self._prompt_ids()), self.model.config.vocab_size
+        if self.run.sample_tokens and largest >= vocab_size:
+            raise ValueError(
+                f"--sample-prompt {self.run.sample_prompt!r} has token ids up to {largest}, the model's vocab_size "
+                f"{vocab_size} allows up to {vocab_size - 1}; use another prompt, or --sample-tokens 0"
+            )
+
+    def _prompt_ids(self) -> list[int]:
+        run, tokenizer = self.run, self.tokenizer or get_tokenizer()
+        if run.is_chat:
+            return template.prompt([{"role": "user", "content": run.sample_prompt}], tokenizer)
+        return tokenizer.encode(run.sample_prompt) or [tokenizer.eot]
+
     @property
     def own_depth(self) -> int | None:
         """Steps at which the model is evaluated and samples: None is what its head decides."""
@@ -118,11 +132,7 @@ class Evaluation:
             return self._sample() if self.ranks.is_first else ""
 
     def _sample(self) -> str:
-        run, tokenizer = self.run, self.tokenizer or get_tokenizer()
-        if run.is_chat:
-            ids = template.prompt([{"role": "user", "content": run.sample_prompt}], tokenizer)
-        else:
-            ids = tokenizer.encode(run.sample_prompt) or [tokenizer.eot]
+        run, tokenizer, ids = self.run, self.tokenizer or get_tokenizer(), self._prompt_ids()
         with self._region():
             out = generate(
                 self.model,

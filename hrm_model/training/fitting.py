@@ -20,6 +20,7 @@ from ..depth_statistics import Costs
 from ..exits import DECISIONS
 from ..halting import OBJECTIVES, Price, price_faults, target_fault
 from ..model import HRMForCausalLM
+from ..quantization import check_trainable
 from .device import autocast, choose_device, choose_dtype, choose_kernels
 from .head_fit import FIT_BYTES, PRICE_RATE, Fit, collect, fit
 from .ngram import ngram_losses
@@ -61,6 +62,7 @@ class HeadFitting:
         self.dtype = choose_dtype(options.dtype, self.device)
         choose_kernels(options.fused, self.device)
         self.model, self.config = load_model(options.checkpoint, self.device)
+        check_trainable(self.model, options.checkpoint)
         self._check_model()
         if not options.data:
             ensure_default_dataset(default_data)

@@ -6,22 +6,16 @@ import argparse
 import ast
 import inspect
 import itertools
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from typing import Any
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string literal under it in the class body, its bases' fields included."""
+    """Field name -> the string literal under it in the body of the class, or of the nearest one it derives from."""
+    classes = [c for c in reversed(cls.__mro__) if c is not object]
+    bodies = [ast.parse(inspect.cleandoc("\n" + inspect.getsource(c))).body[0].body for c in classes]
     docs = {}
-    for base in reversed([c for c in cls.__mro__ if is_dataclass(c)]):
-        docs |= _own_docs(base)
-    return docs
-
-
-def _own_docs(cls: type) -> dict[str, str]:
-    body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0].body
-    docs = {}
-    for statement, after in itertools.pairwise(body):
+    for statement, after in itertools.chain.from_iterable(map(itertools.pairwise, bodies)):
         if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
             docs[statement.target.id] = after.value.value
     return docs

@@ -41,6 +41,8 @@ class HeadStep:
     """Nats: loss at the steps that the head decides."""
     agreement: float
     """Share of decisions that stop where l_s + lambda s is least in hindsight."""
+    is_finite: bool = True
+    """Whether its loss and gradient are numbers."""
 
     def __add__(self, other: HeadStep) -> HeadStep:
         n, normaliser = self.n + other.n, self.normaliser + other.normaliser
@@ -53,7 +55,7 @@ class HeadStep:
             n, loss, normaliser, other.price,
             list(map(mean, self.exit_losses, other.exit_losses)), list(map(mean, self.advantages, other.advantages)),
             [a + b for a, b in zip(self.histogram, other.histogram, strict=True)],
-            mean(self.own, other.own), mean(self.agreement, other.agreement),
+            mean(self.own, other.own), mean(self.agreement, other.agreement), self.is_finite and other.is_finite,
         )  # fmt: skip
 
     def depths(self) -> DepthStatistics:
@@ -149,7 +151,7 @@ class HeadTraining:
 
         Returns:
             None where nobody explored: the head's gradient is then what it was. So it is, and the price, where the
-            loss is not finite.
+            loss or the gradient is not finite (`is_finite`).
         """
         head, n_steps = self.model.hrm_core.q_head, self.max_steps
         device = head.weight.device
@@ -162,14 +164,16 @@ class HeadTraining:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for t in (*self._gradient, self._sums):
                 torch.distributed.all_reduce(t)
-        gradient, sums = self._gradient, self._sums.tolist()  # the host waits
+        gradient = self._gradient
+        squares = torch.stack([g.double().square().sum() for g in gradient]).sum()
+        *sums, squares = torch.cat([self._sums, squares[None]]).tolist()  # the host waits
         self._reset()
         total, normaliser, n, own, agreement, *others = sums
         if n == 0:
             return None
         exit_losses, gains, histogram = others[:n_steps], others[n_steps : 2 * n_steps - 1], others[2 * n_steps - 1 :]
         loss = total / normaliser if normaliser else 0.0
-        finite = math.isfinite(loss)
+        finite = math.isfinite(loss) and math.isfinite(squares)
         if normaliser > 0 and finite:
             gradient = [g / normaliser for g in gradient]
             norm = torch.stack([g.norm() for g in gradient]).norm()
@@ -179,6 +183,7 @@ class HeadTraining:
         step = HeadStep(
             round(n), loss, normaliser, self.price.value,
             [x / n for x in exit_losses], [x / n for x in gains], [round(x) for x in histogram], own / n, agreement / n,
+            finite,
         )  # fmt: skip
         if finite:
             self.price.steer(step.depths().mean)

@@ -23,8 +23,10 @@ from ..checkpoint import (
     save_checkpoint,
 )
 from ..config import HRMConfig
+from ..depth_statistics import DepthStatistics
 from ..halting import Exploration, Price, price_rate
 from ..model import HRMForCausalLM
+from ..quantization import check_trainable
 from ..ranks import Ranks
 from ..sharded import in_shards
 from .clock import Clock, duration
@@ -39,10 +41,10 @@ from .head import HeadTraining
 from .interrupt import Interrupt
 from .metrics import MetricsLog, Trackers
 from .optim import build_optimizer
-from .provenance import RUN_FILE, add_resume, write_provenance
+from .provenance import add_resume, has_provenance, write_provenance
 from .recipes import TrainConfig
 from .reports import depth_plan, evaluation, missed_target
-from .rundir import RunLock, find_checkpoint, make_directory
+from .rundir import RunLock, contents, find_checkpoint, make_directory
 from .stage_data import StageData, open_stage_data
 from .step import DataError, NotFiniteError, StepResult, TrainingStep
 
@@ -76,8 +78,23 @@ class Training:
         self.kernels = choose_kernels(run.fused, self.device)
         if run.deterministic:
             make_deterministic()
-        self.checkpoint = self.ranks.first(lambda: find_checkpoint(self.out, run.resume, run.overwrite))
+        self._contents, self.checkpoint = self.ranks.first(self._look_at_directory)
         torch.manual_seed(run.seed)
+        self._assemble(shape)
+        self.step = self.saved_step = 0
+        self.val_loss: float | None = None  # of the weights as they are
+        self.start_loss: float | None = None  # of conversations, before the first step; where --max-rise counts from
+        self.ended_early = False
+        self._lock: RunLock | None = None
+        if run.dry_run:
+            return
+        self.ranks.first(self._take_directory)
+        if self.checkpoint is not None:
+            self._resume(self.checkpoint)
+
+    def _assemble(self, shape: dict[str, Any] | None) -> None:
+        """Make model, data, optimizer, step and evaluation."""
+        run = self.run
         self.model = self._build_model(shape)
         run.check_model(self.config)
         self.data = self._open_data()
@@ -102,16 +119,6 @@ class Training:
         self.evaluation = Evaluation(
             run, self.model, self.data.validations, self.dtype, self.average, self.ranks, self.tokenizer
         )
-        self.step = self.saved_step = 0
-        self.val_loss: float | None = None  # of the weights as they are
-        self.start_loss: float | None = None  # of conversations, before the first step; where --max-rise counts from
-        self.ended_early = False
-        self._lock: RunLock | None = None
-        if run.dry_run:
-            return
-        self.ranks.first(self._take_directory)
-        if self.checkpoint is not None:
-            self._resume(self.checkpoint)
 
     @property
     def config(self) -> HRMConfig:
@@ -124,6 +131,12 @@ class Training:
         if not self.run.init_from or self.checkpoint is not None:
             return HRMForCausalLM(self.run.model_config(shape)).to(self.device)
         loaded, config = load_model(self.run.init_from)
+        check_trainable(loaded, self.run.init_from)
+        if bad := [name for name, p in loaded.named_parameters() if not p.isfinite().all()]:
+            raise ValueError(
+                f"--init-from {self.run.init_from} has weights that are not finite, in {bad[0]} and {len(bad) - 1} "
+                "other tensors; start from an earlier checkpoint"
+            )
         model = HRMForCausalLM(self.run.model_config(config.to_dict()))
         model.load_state_dict(loaded.state_dict())
         return model.to(self.device)
@@ -144,14 +157,21 @@ class Training:
         keys = ("source", "fingerprint", "tokenizer")
         return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.data.datasets]
 
+    def _look_at_directory(self) -> tuple[set[str], Path | None]:
+        return contents(self.out), find_checkpoint(self.out, self.run.resume, self.run.overwrite)
+
     def _take_directory(self) -> None:
         self._lock = RunLock(self.out)
+        if contents(self.out) != self._contents:
+            raise ValueError(
+                f"another process trained in --out {self.out} while this one started; run the command again"
+            )
         if self.checkpoint is None:
             make_directory(self.out, self.run.overwrite)
 
     def _resume(self, path: Path) -> None:
         state = read_json(path / "state.json")
-        changed = self.run.differences(state["run"])
+        changed = self.run.differences(state["run"], state["step"])
         if state["data"] != self.data.fingerprints:
             changed.append("--data has other content than when the run began")
         if changed:
@@ -163,6 +183,10 @@ class Training:
         state = load_checkpoint(path, self.model, self.optimizer)
         if self.average is not None:
             load_average(path, self.average.average)
+        if self.run.batch_size != state["run"]["batch_size"]:
+            warnings.warn(
+                "other micro-batches than the run's: the same rows in each step, but not the same bits", stacklevel=2
+            )
         if state["threads"] != torch.get_num_threads() and self.device.type == "cpu":
             warnings.warn(
                 f"the run used {state['threads']} threads and this process {torch.get_num_threads()}: it continues, "
@@ -170,7 +194,8 @@ class Training:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.step = self.saved_step = state["step"]
+        self.step, self.val_loss = state["step"], state["val_loss"]
+        self.saved_step = self.step
         self.price.value = state["price"]
         self.start_loss, self.ended_early = state.get("start_loss"), state.get("ended_early", False)
         self._say(f"resumed from {path} (step {self.step})")
@@ -190,7 +215,7 @@ class Training:
             return 0
         self.metrics, self.trackers = None, None
         if self.ranks.is_first:
-            if not (self.out / RUN_FILE).exists() or self.checkpoint is None:
+            if self.checkpoint is None or not has_provenance(self.out):
                 write_provenance(self.out, asdict(run), self.config.to_dict(), self._data_summary())
             self.metrics = MetricsLog(self.out / "metrics.jsonl", self.step)
         if self.ranks.first(self._has_finished):
@@ -256,6 +281,14 @@ class Training:
             if record is None:
                 return
             self.start_loss = _guarded(record)
+        if 0 < self.step < run.steps and self.step % run.eval_every == 0 and self.val_loss is None:
+            # a signal came before this evaluation was over; without it --max-rise would miss a look
+            record = self._evaluate(stop)
+            if record is None:
+                return
+            self._guard(record)
+            if not self.ended_early:
+                self._save()
         clock = Clock(self.step)
         recent: list[StepResult] = []
         stopped = False
@@ -346,11 +379,15 @@ class Training:
         if self.ranks.is_first:
             self.metrics.write(record)
             self.trackers.log(self.step, record)
-            self._say(evaluation(record, self.evaluation.own_depth, depths))
+            self._say(self._report(record, depths))
             if self.run.sample_tokens:
                 self._say(f"  sample: {sample!r}")
             self._draw()
         return record
+
+    def _report(self, record: dict[str, Any], depths: DepthStatistics) -> str:
+        """Lines that say what an evaluation found."""
+        return evaluation(record, self.evaluation.own_depth, depths)
 
     def _save(self) -> None:
         """Write a checkpoint. Raises NotFiniteError, on all processes, for weights that are no numbers."""
@@ -379,10 +416,14 @@ class Training:
     def _draw(self) -> None:
         title = f"{self.out} ({self.run.recipe})"
         try:
-            draw_dashboard(self.metrics.records, self.out / "dashboard.png", title)
+            self._draw_picture(self.out / "dashboard.png", title)
         except Exception as error:  # a picture is never worth a training run
             remedy = "; pip install 'hrm-kernels[plot]'" if isinstance(error, ImportError) else ""
             warnings.warn(f"no dashboard.png: {error}{remedy}", RuntimeWarning, stacklevel=2)
+
+    def _draw_picture(self, path: Path, title: str) -> None:
+        """Raises ImportError where matplotlib is missing."""
+        draw_dashboard(self.metrics.records, path, title)
 
     def _print_header(self) -> None:
         run, c = self.run, self.config

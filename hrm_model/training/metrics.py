@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import queue
 import threading
 import time
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..atomic import named_errors
 
 WAITING_RECORDS = 256
 """What a tracker that is slow may fall behind by; later records are dropped."""
@@ -34,20 +37,27 @@ class MetricsLog:
         if resume_step and path.exists():
             self.records = [r for r in _complete_lines(path) if r["step"] <= resume_step]
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with named_errors(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write("".join(json.dumps(r) + "\n" for r in self.records))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; numbers that JSON cannot hold (nan, inf) become null."""
+        """Append one record; numbers that JSON cannot hold (nan, inf) become null. Raises CheckpointError."""
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with named_errors(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was reported by write()
+            self._file.close()
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
@@ -56,8 +66,8 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the last line of a run that was killed while writing it
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            continue  # cut off by a kill, or damaged
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record.get("kind") in ("train", "eval"):
             records.append(record)
     return records
 

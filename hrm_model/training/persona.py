@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from .values_file import read_values
 
 TONES = ("friendly", "formal")
 _LONGEST = 400
@@ -95,27 +96,10 @@ def read_persona(path: str | Path) -> Persona:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
-        raise PersonaError(f"persona {path} is neither .json nor .yaml nor .yml; save it as one of these")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise PersonaError(f"cannot read persona {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise PersonaError(f"persona {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
-    if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PersonaError(f"persona {path} is no JSON: {error}") from error
-    try:
-        import yaml
-    except ImportError as error:
-        raise PersonaError(f"persona {path} needs PyYAML: pip install pyyaml; or save it as .json") from error
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-01
-        raise PersonaError(f"persona {path} is no YAML: {' '.join(str(error).split())}") from error
+        return read_values(path, "persona")
+    except ValueError as error:
+        raise PersonaError(str(error)) from error
 
 
 def _text_faults(what: str, value: Any, required: bool):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hrm_kernels import __version__
+
+from ..atomic import CheckpointError, named_errors, read_json
 
 RUN_FILE = "run.json"
 
@@ -23,9 +27,23 @@ def write_provenance(directory: Path, run: dict[str, Any], model: dict[str, Any]
     _write(directory, origin)
 
 
+def has_provenance(directory: Path) -> bool:
+    """Whether there is a run.json to add to; a damaged one is nothing to give up a run for, but warned of."""
+    if not (directory / RUN_FILE).exists():
+        return False
+    try:
+        if isinstance(read_json(directory / RUN_FILE).get("resumed", []), list):
+            return True
+        problem = f"{directory / RUN_FILE} is damaged"
+    except CheckpointError as error:
+        problem = str(error)
+    warnings.warn(f"{problem}; it is written anew", RuntimeWarning, stacklevel=3)
+    return False
+
+
 def add_resume(directory: Path, step: int) -> None:
     """Add to run.json by which command and code a run goes on from `step`; how it began stays."""
-    origin = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    origin = read_json(directory / RUN_FILE)
     origin.setdefault("resumed", []).append({"step": step, **_here(directory, f"run.{step}.diff")})
     _write(directory, origin)
 
@@ -47,8 +65,12 @@ def _here(directory: Path, diff_name: str) -> dict[str, Any]:
 
 def _write(directory: Path, origin: dict[str, Any]) -> None:
     temporary = directory / (RUN_FILE + ".tmp")
-    temporary.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / RUN_FILE)
+    with named_errors(directory / RUN_FILE):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(origin, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut after the rename leaves an empty file
+        temporary.replace(directory / RUN_FILE)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from ..config import HRMConfig
@@ -53,7 +53,7 @@ class TrainConfig:
     lr: float = 3e-4
     """peak learning rate"""
     min_lr: float = 3e-5
-    """learning rate at the end of the cosine"""
+    """learning rate at the end of the schedule"""
     embed_lr: float = 0.0
     """peak learning rate of the embedding table; it follows the same schedule; 0: --lr"""
     head_lr: float = 0.01
@@ -67,11 +67,11 @@ class TrainConfig:
     optimizer: str = "adamw"
     """adamw; or atan2, Adam without an epsilon, for losses or weights of unusual scale"""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices of the blocks only"""
+    """the optimizer's decay, on matrices of the blocks only"""
     beta1: float = 0.9
-    """AdamW's first moment"""
+    """decay of the optimizer's first moment"""
     beta2: float = 0.95
-    """AdamW's second moment"""
+    """decay of its second moment"""
     grad_clip: float = 1.0
     """largest gradient norm; 0 turns clipping off"""
     ema: float = 0.0
@@ -148,7 +148,7 @@ class TrainConfig:
     # Fields that change nothing about the weights a run ends with, so a resumed run may differ in them.
     FREE = frozenset(
         "out resume overwrite log_every eval_every eval_windows save_every keep_last sample_prompt sample_tokens track "
-        "init_from parallel timeout dry_run max_minutes".split()
+        "init_from parallel timeout dry_run recompute max_minutes".split()
     )
     # Fields that have no meaning in a stage, and so no flag.
     NOT_FOR: ClassVar[dict[str, frozenset[str]]] = {
@@ -192,10 +192,12 @@ class TrainConfig:
             yield "--overwrite and --resume auto contradict each other; give one of them"
         if self.config and self.init_from:
             yield "--config and --init-from each say what the model is; give one of them"
-        rates = "lr min_lr head_lr embed_lr weight_decay grad_clip z_loss epochs max_rise timeout max_minutes"
+        rates = "lr min_lr head_lr embed_lr weight_decay grad_clip z_loss epochs max_rise max_minutes"
         for name in rates.split():
             if not 0 <= getattr(self, name) < math.inf:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is not a finite number of at least 0"
+        if not 0 < self.timeout < math.inf:
+            yield f"--timeout {self.timeout} is not a finite number of minutes above 0"
         if self.min_lr > self.lr:
             yield f"--min-lr {self.min_lr} is above --lr {self.lr}"
         for name in ("beta1", "beta2", "dropout"):
@@ -217,8 +219,8 @@ class TrainConfig:
             )
         if self.gradient == "published" and self.gradient_steps > 1:
             yield f"--gradient-steps {self.gradient_steps} is for --gradient replay; the published one has 1"
-        if self.stage not in (*STAGES, "continual"):
-            yield f"stage {self.stage!r} is none of {', '.join(STAGES)}, continual"
+        if self.stage not in self.stage_names():
+            yield f"stage {self.stage!r} is none of {', '.join(self.stage_names())}"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield f"--{name} {getattr(self, name)!r} is none of {', '.join(allowed)}"
@@ -227,6 +229,11 @@ class TrainConfig:
         for tracker in self.track:
             if tracker not in ("tensorboard", "wandb"):
                 yield f"--track {tracker!r} is none of tensorboard, wandb"
+
+    @classmethod
+    def stage_names(cls) -> tuple[str, ...]:
+        """Stages that these options are for."""
+        return tuple(STAGES)
 
     @property
     def is_chat(self) -> bool:
@@ -293,15 +300,26 @@ class TrainConfig:
             if fault := target_fault(self.target_steps or None, most):
                 raise ValueError(fault)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
-        """Fields in which a saved run's values `other` would make other weights, as "--flag was X, is Y"."""
-        names = [f.name for f in fields(self) if f.name not in self.FREE]
+    @property
+    def decay_start(self) -> int:
+        """The step at which the learning rate leaves its peak."""
+        return max(self.warmup, self.steps - round(self.decay * self.steps)) if self.schedule == "wsd" else self.warmup
+
+    def differences(self, other: dict[str, Any], step: int) -> list[str]:
+        """Fields that give a run of values `other` other weights from `step` on, as "--flag was X, is Y"."""
         # what an older version did not know was at its default
         defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(self)}
+        other = defaults | other
+        free = set(self.FREE)
+        if not self.is_chat and self.batch_size * self.accumulation == other["batch_size"] * other["accumulation"]:
+            free |= {"batch_size", "accumulation"}  # the same rows in every step
+        former = replace(self, steps=other["steps"] or 1, epochs=0.0)
+        if self.schedule == "wsd" and step <= min(self.decay_start, former.decay_start):
+            free |= {"steps", "epochs"}  # the rate is where it would be in a run of either length
         return [
-            f"--{name.replace('_', '-')} was {other.get(name, defaults[name])!r}, is {getattr(self, name)!r}"
-            for name in names
-            if other.get(name, defaults[name]) != getattr(self, name)
+            f"--{name.replace('_', '-')} was {other[name]!r}, is {getattr(self, name)!r}"
+            for name in defaults
+            if name not in free and other[name] != getattr(self, name)
         ]
 
 
@@ -331,38 +349,32 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # Conversations are few: a run is as long as some passes over them, and evaluated often enough to see it turn.
-_SHORT = dict(eval_every=50, save_every=50, eval_windows=64, sample_prompt="What is a list?")
-_TINY = _SHORT | dict(tokens_per_batch=512, accumulation=1, warmup=10, weight_decay=0.01, dropout=0.0)
-_TINY |= dict(depth_warmup=0.0, eval_windows=32)
-_SMALL = (
-    dict(tokens_per_batch=4096, accumulation=1, warmup=50, weight_decay=0.01, dropout=0.1, depth_warmup=0.0) | _SHORT
-)
+_CHAT = dict(weight_decay=0.01, depth_warmup=0.0, sample_prompt="What is a list?")
+_OFTEN = dict(eval_every=50, save_every=50)
+_TINY = _CHAT | _OFTEN | dict(tokens_per_batch=512, warmup=10)
+_SMALL = _CHAT | _OFTEN | dict(tokens_per_batch=4096, warmup=50, dropout=0.1, eval_windows=64)
 # The published fine-tuning: batches of 32 rows of 512 tokens, rate 6e-6, decay 0.01, 500 steps of warm-up.
-_BASE = dict(tokens_per_batch=32 * 512, accumulation=1, lr=6e-6, min_lr=6e-7, warmup=500, weight_decay=0.01)
-_BASE |= dict(dropout=0.1, depth_warmup=0.0, epochs=3.0, eval_windows=256, eval_every=250, save_every=250)
+_BASE = _CHAT | dict(tokens_per_batch=32 * 512, warmup=500, dropout=0.1, lr=6e-6, min_lr=6e-7, epochs=3.0)
+_BASE |= dict(eval_windows=256, eval_every=250, save_every=250)
 _FINE_TUNING = {
     # As in pretraining, many small steps, at a higher rate: whether an answer is about its question comes late.
-    "tiny": dict(steps=150, lr=3e-3, min_lr=1e-4) | _TINY,
-    "small": dict(epochs=2.0, lr=1e-4, min_lr=1e-5) | _SMALL,
+    "tiny": _TINY | dict(steps=150, lr=3e-3, min_lr=1e-4),
+    "small": _SMALL | dict(epochs=2.0, lr=1e-4, min_lr=1e-5),
     "base": _BASE,
 }
+_IDENTITY = _FINE_TUNING | {"tiny": _FINE_TUNING["tiny"] | dict(steps=1000, eval_every=250, save_every=250)}
 # The published calibration: 5e-7 to 1e-7, 50 steps of warm-up, ended by a rise of 0.15 nats.
 _CALIBRATION = {
     # Of so small a model the identity stage leaves little of the conversations; they come back at a larger rate.
-    "tiny": dict(steps=400, lr=1e-3, min_lr=1e-4, max_rise=0.15) | _TINY | dict(eval_every=100, save_every=100),
-    "small": dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15) | _SMALL,
+    "tiny": _TINY | dict(steps=400, lr=1e-3, min_lr=1e-4, max_rise=0.15, eval_every=100, save_every=100),
+    "small": _SMALL | dict(steps=200, lr=2e-5, min_lr=4e-6, max_rise=0.15),
     "base": _BASE | dict(epochs=0.0, steps=1000, lr=5e-7, min_lr=1e-7, warmup=50, max_rise=0.15),
-}
-_IDENTITY_LENGTH = {
-    "tiny": {"steps": 1000, "eval_every": 250, "save_every": 250},
-    "small": {"epochs": 2.0},
-    "base": {"epochs": 3.0},
 }
 STAGES: dict[str, dict[str, dict[str, Any]]] = {
     "pretrain": RECIPES,
     "converse": _FINE_TUNING,
     "instruct": _FINE_TUNING,
-    "identity": {name: fields_ | dict(_IDENTITY_LENGTH[name]) for name, fields_ in _FINE_TUNING.items()},
+    "identity": _IDENTITY,
     "calibrate": _CALIBRATION,
 }
 

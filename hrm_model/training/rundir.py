@@ -18,7 +18,7 @@ except ImportError:
 
 LOCK_FILE = "run.lock"
 # What runs write. Anything else in a directory is somebody's, and never deleted.
-_OURS = ("run.*", "metrics.jsonl*", "dashboard.png*", "checkpoints", "tensorboard", "wandb")
+_OURS = ("run.*", "metrics.jsonl*", "dashboard.png*", "eval.csv*", "checkpoints", "tensorboard", "wandb")
 
 
 def find_checkpoint(out: Path, resume: str, overwrite: bool) -> Path | None:
@@ -51,6 +51,12 @@ def find_checkpoint(out: Path, resume: str, overwrite: bool) -> Path | None:
     return found
 
 
+def contents(out: Path) -> set[str]:
+    """What runs have left in `out`, their lock and what is being written aside."""
+    found = {path.name for folder in (out, out / "checkpoints") if folder.is_dir() for path in folder.iterdir()}
+    return {name for name in found if name != LOCK_FILE and not name.startswith(".")}
+
+
 def make_directory(out: Path, overwrite: bool) -> None:
     """Make a new run's directory, emptied of the run that find_checkpoint() allowed to replace, but for its lock."""
     out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +78,7 @@ class RunLock:
 
     def __init__(self, out: Path):
         out.mkdir(parents=True, exist_ok=True)
-        self._file = open(out / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+        self._file = open(out / LOCK_FILE, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         if fcntl is None:  # no such locks on Windows
             return
         try:

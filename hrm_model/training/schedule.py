@@ -17,11 +17,9 @@ def learning_rate(step: int, run: TrainConfig) -> float:
     """
     if step < run.warmup:
         return run.lr * (step + 1) / run.warmup
-    start = run.warmup
-    if run.schedule == "wsd":
-        start = max(start, run.steps - round(run.decay * run.steps))
-        if step < start:
-            return run.lr
+    start = run.decay_start
+    if step < start:
+        return run.lr
     progress = min(1.0, (step - start) / max(1, run.steps - start))
     left = 0.5 * (1.0 + math.cos(math.pi * progress)) if run.schedule == "cosine" else 1.0 - progress
     return run.min_lr + (run.lr - run.min_lr) * left

@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import shutil
+import weakref
 from bisect import bisect_right
 from contextlib import suppress
 from itertools import accumulate, chain
@@ -50,32 +51,52 @@ class ShardError(ValueError):
 class Split:
     """The files of one split as a single read-only array of token ids. len() is its number of tokens.
 
-    With another dtype it is the array of something else that each token has, such as its mask.
+    With another dtype it is the array of something else that each token has, such as its mask. Files are read, not
+    mapped: where a mapped one is cut short, or its disk fails, the process dies of SIGBUS.
     """
 
     def __init__(self, name: str, directory: Path, shards: list[dict[str, Any]], dtype: np.dtype = TOKEN):
         self.name = name
-        self._dtype = dtype.newbyteorder("=")
+        self._dtype = dtype
         self._files = [directory / shard["file"] for shard in shards]
         self._starts = [0, *accumulate(shard["tokens"] for shard in shards)]
-        self.shards = [np.memmap(file, dtype=dtype, mode="r") for file in self._files]
+        binary = getattr(os, "O_BINARY", 0)
+        self._handles = [os.open(file, os.O_RDONLY | binary) for file in self._files]
+        weakref.finalize(self, _close, self._handles)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens start..start+n-1, uint16 [n] or of the dtype given, a copy. Raises ValueError beyond the ends."""
+        """Tokens start..start+n-1, uint16 [n] or of the dtype given.
+
+        Raises:
+            ValueError: beyond the ends. ShardError: a file has become shorter. OSError: it cannot be read.
+        """
         if n < 0 or start < 0 or start + n > len(self):
             raise ValueError(f"{n} tokens from {start} on are outside {self.name!r} of {len(self)} tokens")
-        out = np.empty(n, dtype=self._dtype)
+        out = np.empty(n, dtype=self._dtype.newbyteorder("="))
         done = 0
         while done < n:
             which = self._shard_of(start + done)
-            offset = start + done - self._starts[which]
-            part = self.shards[which][offset : offset + n - done]
+            part = self._read_shard(which, start + done - self._starts[which], n - done)
             out[done : done + len(part)] = part
             done += len(part)
         return out
+
+    def _read_shard(self, which: int, first: int, n: int) -> np.ndarray:
+        """Up to n tokens of a file."""
+        n, size = min(n, self._starts[which + 1] - self._starts[which] - first), self._dtype.itemsize
+        data = bytearray()
+        while len(data) < n * size:  # a call gives 2 GiB at most
+            more = _read_at(self._handles[which], n * size - len(data), first * size + len(data))
+            if not more:
+                raise ShardError(
+                    f"shard {self._files[which]} was cut short while it was in use: {n:,} tokens from {first:,} on are "
+                    "not all there; prepare the dataset again"
+                )
+            data += more
+        return np.frombuffer(data, dtype=self._dtype)
 
     def file_of(self, position: int) -> Path:
         """The file that holds the token at this position."""
@@ -83,6 +104,18 @@ class Split:
 
     def _shard_of(self, position: int) -> int:
         return bisect_right(self._starts, position) - 1
+
+
+def _read_at(handle: int, n: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(handle, n, offset)
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.read(handle, n)
+
+
+def _close(handles: list[int]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 class Dataset:

@@ -209,9 +209,9 @@ class TrainingStep:
         raise NotFiniteError(f"step {step + 1}: {what} is not finite, in samples {samples}; no parameter was changed")
 
     def _require_finite_head(self, step: int, head: HeadStep | None, plan: list[np.ndarray]) -> None:
-        if head is not None and not np.isfinite(head.loss):
+        if head is not None and not head.is_finite:
             raise NotFiniteError(
-                f"step {step + 1}: the halting head's loss is not finite, with explorers among samples "
+                f"step {step + 1}: the halting head's loss or gradient is not finite, with explorers among samples "
                 f"{min(n.min() for n in plan)}..{max(n.max() for n in plan)}; no parameter was changed"
             )
 
