@@ -80,7 +80,7 @@ def test_version(hrm):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_without_a_checkpoint_it_says_how_to_get_one(hrm, name, tmp_path):
     more = {"depth": ["--text", "x"], "convert": [str(tmp_path / "out")], "quantize": ["--to", "int8"]}
-    more |= {"eval": ["--text", "x"]}
+    more |= {"eval": ["--text", "x"], "analyze": ["--text", "x"]}
     for argv, code in (([name], 2), ([name, str(tmp_path / "none"), *more.get(name, [])], 1)):
         status, out, err = hrm(*argv)
         assert status == code and not out and err.count("\n") == 1
