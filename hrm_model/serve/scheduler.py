@@ -173,6 +173,11 @@ class Scheduler:
         """
         for job in jobs:
             self.check(job)
+        most = self.places + self.queue
+        if len(jobs) > most:
+            raise ValueError(
+                f"{len(jobs)} choices are more than the {most} that this server has room for; ask for fewer"
+            )
         with self._changed:
             if self._draining or not self.alive:
                 raise Stopping("the server is shutting down")
@@ -191,11 +196,6 @@ class Scheduler:
         """Nobody waits for these any more: they leave before the next token."""
         for job in jobs:
             job.cancelled = True
-
-    def drain(self) -> None:
-        """Take no more jobs; those that are there go on."""
-        with self._changed:
-            self._draining = True
 
     def stop(self) -> None:
         """End: jobs that are there fail with "stopping". Returns when the thread is over."""
