@@ -168,7 +168,8 @@ class HRMScorer:
             events = stream(
                 self.model, [prompts[number] for number in group], max_new_tokens, sampling=Sampling(temperature=0.0),
                 stop=stop, stop_tokens=END_OF_TEXT, max_steps=self.max_steps, halt_bias=self.halt_bias,
-                use_cache=self.batched, tokenizer=self.tokenizer, batch_size=self.rows_at_a_time(prompts, max_new_tokens),
+                use_cache=self.batched, tokenizer=self.tokenizer,
+                batch_size=self.rows_at_a_time(prompts, max_new_tokens),
             )  # fmt: skip
             for event in events:
                 texts, tokens, logprobs, steps, published = found[group[event.row]]

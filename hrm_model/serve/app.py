@@ -30,7 +30,7 @@ def make_app(scheduler: Scheduler, limits: Limits, seconds: float) -> FastAPI:
         seconds: that a request may take, waiting included.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    created, shown = int(time.time()), page(limits.model, limits.max_steps, limits.most)
+    created, shown = int(time.time()), page(limits)
     model = {"id": limits.model, "object": "model", "created": created, "owned_by": "hrm"}
     model["hrm"] = {"window": limits.window, "max_steps": limits.max_steps, "max_tokens": limits.most}
 
