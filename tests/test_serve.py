@@ -571,8 +571,8 @@ def checkpoint(model, tmp_path_factory) -> Path:
     return path
 
 
-def started(checkpoint: Path, *flags: str) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, "-m", "hrm_model", "serve", str(checkpoint), "--port", "0", *flags]
+def started(checkpoint: Path, *flags: str, program=("-m", "hrm_model")) -> tuple[subprocess.Popen, str]:
+    command = [sys.executable, *program, "serve", str(checkpoint), "--port", "0", *flags]
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(
@@ -621,6 +621,19 @@ def test_when_the_time_is_over_clients_are_told_and_it_ends(checkpoint):
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "stopping"
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0 and "Traceback" not in said, said
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_that_can_answer_no_more_ends_with_1(checkpoint):
+    """systemd's Restart=on-failure starts another; one that stays would say 503 for ever."""
+    broken = "import sys, hrm_model.cli, hrm_model.serve.scheduler as s; s.Scheduler._settled = lambda *_: 1 / 0; "
+    process, address = started(checkpoint, program=("-c", broken + "sys.exit(hrm_model.cli.main())"))
+    try:
+        assert post(address, "/v1/completions", {"prompt": "a"}).status_code == 500
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1 and "ZeroDivisionError" in said
     finally:
         process.kill()
         process.communicate()
