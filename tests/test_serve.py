@@ -376,6 +376,9 @@ def test_hostile_bytes_do_not_harm_the_server(server, caplog):
     ):  # fmt: skip
         answer = httpx.request(method, address + path, headers={"content-type": "application/json"})
         assert answer.status_code == status and answer.json()["error"]["message"], (method, path)
+    for path in ("/", "/health"):  # as load balancers ask
+        answer = httpx.head(address + path)
+        assert answer.status_code == 200 and not answer.content and int(answer.headers["content-length"]) > 0
     body = json.dumps({"prompt": "a", "n": 8, "max_tokens": 60, "min_tokens": 60}).encode()
     for streamed in (b"", b',"stream":true'):  # junk while an answer is on its way
         data = body[:-1] + streamed + b"}"

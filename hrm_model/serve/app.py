@@ -34,11 +34,11 @@ def make_app(scheduler: Scheduler, limits: Limits, seconds: float) -> FastAPI:
     model = {"id": limits.model, "object": "model", "created": created, "owned_by": "hrm"}
     model["hrm"] = {"window": limits.window, "max_steps": limits.max_steps, "max_tokens": limits.most}
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def chat_page():
         return HTMLResponse(shown.document, headers={"content-security-policy": shown.policy})
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():
         status = 200 if scheduler.alive else 503
         told = {
