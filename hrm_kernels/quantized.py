@@ -4,9 +4,9 @@
                           a = x, or x rounded to 8 bits a token ("dynamic")
 
 torchao's tensors are known by their `tensor_data_names` and asked to `dequantize`; torchao itself is not imported.
-bfloat16 and float16 weights beside float32 activations are of the same kind: widened where they are used. A weight is
-made plain once a forward pass (`shared_casts`), and where a cache decodes, once for as long as that lives (packed.py):
-without AVX-512 torch multiplies integers number by number (`python bench/quantized.py` prints the times).
+bfloat16 and float16 weights beside activations of another type are of the same kind: cast where they are used. A weight
+is made plain once a forward pass (`shared_casts`), and where a cache decodes, once for as long as that lives
+(packed.py): without AVX-512 torch multiplies integers number by number (`python bench/quantized.py` prints the times).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_quantized(w: Tensor) -> bool:
 
 def is_narrow(w: Tensor, dtype: torch.dtype) -> bool:
     """Whether a product in `dtype` has to make it plain first."""
-    return is_quantized(w) or (dtype == torch.float32 and w.dtype in _HALF)
+    return is_quantized(w) or (w.dtype in _HALF and w.dtype != dtype)
 
 
 def plain(w: Tensor, dtype: torch.dtype) -> Tensor:

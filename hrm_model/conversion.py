@@ -13,6 +13,7 @@ from .atomic import CheckpointError, atomic_directory, atomic_file
 from .checkpoint import load_model, write_model
 from .model import HRMForCausalLM, HRMOutput
 from .published import write_published
+from .quantization import quantization_of
 from .tensors import nbytes, to_store
 
 ROWS, TOKENS = 8, 64
@@ -52,9 +53,12 @@ def convert(
         computed_logits_off and computed_same_top, where it is computed in as well.
 
     Raises:
-        CheckpointError: `path` is in the way or cannot be written, a weight is out of the dtype's range, or what was
-            written has other weights or logits than it must; then nothing is at `path` that was not there before.
+        CheckpointError: the model is quantised, `path` is in the way or cannot be written, a weight is out of the
+            dtype's range, or what was written has other weights or logits than it must; then nothing is at `path` that
+            was not there before.
     """
+    if how := quantization_of(model):
+        raise CheckpointError(f"the model is quantised ({how.describe()}) and stays so; convert its float32 source")
     config = model.config
     weights = model.state_dict()
     check_range(weights, dtype)
@@ -77,7 +81,7 @@ def convert(
         else:
             write_model(model, place, dtype)
         for how, found in readings(place, ids, form):
-            if not _same(expected, found):
+            if not same(expected, found):
                 raise CheckpointError(
                     f"{path}, read by {how}, gives logits that are off by up to "
                     f"{(expected.logits - found.logits).abs().max().item():.3g}; nothing was put there"
@@ -110,8 +114,8 @@ def check_range(weights: dict[str, Tensor], dtype: torch.dtype) -> None:
             raise CheckpointError(f"{name} has a weight of {most:.3g}, beyond {kind}'s {limit:.3g}; use bfloat16")
 
 
-def _same(a: HRMOutput, b: HRMOutput) -> bool:
-    # nan: a diverged model is broken in another way
+def same(a: HRMOutput, b: HRMOutput) -> bool:
+    """Whether logits are the same bits, nan as nan (a diverged model is broken in another way), and depths the same."""
     alike = torch.allclose(a.logits, b.logits, rtol=0, atol=0, equal_nan=True)
     return alike and torch.equal(a.executed_steps, b.executed_steps)
 

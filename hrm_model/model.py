@@ -325,6 +325,8 @@ class HRMForCausalLM(LanguageModel, nn.Module):
         with torch.device("meta"):
             other = HRMForCausalLM(config)
         other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        if hasattr(self, "quantization"):
+            other.quantization = self.quantization
         return other.train(self.training)
 
     def generate(self, ids_BT: Tensor, max_new_tokens: int, *args, **options) -> Tensor | Generated | Generation:

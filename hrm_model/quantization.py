@@ -104,11 +104,14 @@ def quantize(model: nn.Module, how: Quantization) -> None:
     """Quantise an HRMForCausalLM in place. It goes on in eval mode, without gradients.
 
     Raises:
-        ValueError: it is quantised already; torchao or the machine lacks this quantisation; a weight does not take it:
-            not finite, over float16's range, or of a width that the group size does not divide.
+        ValueError: it is quantised already, or a model of characters; torchao or the machine lacks this quantisation; a
+            weight does not take it: not finite, over float16's range, or of a width that the group size does not
+            divide.
     """
     if quantization_of(model) is not None:
         raise ValueError(f"the model is quantised already ({quantization_of(model).describe()}); take its source")
+    if model.config.n_chars is not None:
+        raise ValueError("the model is one of characters, whose output head only multiplies float32; leave it as it is")
     device, linears = model.device, dict(_linears(model, how))
     check_machine(how, device)
     _check_widths(model.config, how)

@@ -45,12 +45,13 @@ class Agreement:
 
     def to_dict(self) -> dict[str, float | int | list[float]]:
         """Means; pairs are [float32, quantised]."""
+        nats = [nll / self.targets for nll in self.nll]
         return {
             "positions": self.positions,
             "top1_agreement": self.same_token / self.positions,
             "kl_nats": self.kl / self.positions,
-            "nats_per_token": [nll / self.targets for nll in self.nll],
-            "perplexity": [math.exp(nll / self.targets) for nll in self.nll],
+            "nats_per_token": nats,
+            "perplexity": [math.exp(each) if each < 700 else math.inf for each in nats],
             "step_agreement": self.same_steps / self.positions,
             "mean_steps": [steps / self.positions for steps in self.steps],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -16,7 +17,7 @@ from small_models import thinker
 
 import hrm_kernels
 from hrm_kernels.packed import PackedWeights, linear, packed_weights
-from hrm_model import load_model, save_model
+from hrm_model import HRMConfig, HRMForCausalLM, checkpoint, load_model, save_model
 from hrm_model.atomic import CheckpointError
 from hrm_model.cli import main
 from hrm_model.quantization import Quantization, quantize
@@ -202,8 +203,6 @@ def test_the_command_writes_a_folder_and_reports_on_the_validation_split(source,
 
 
 def test_text_can_be_held_out_instead(small_model, tmp_path, capsys):
-    from hrm_model import HRMConfig, HRMForCausalLM
-
     torch.manual_seed(0)
     save_model(HRMForCausalLM(HRMConfig.from_dict(json.loads(small_model.read_text()))), tmp_path / "m")
     text = tmp_path / "text"
@@ -342,3 +341,90 @@ def test_generate_and_depth_read_a_quantised_folder(tmp_path, capsys):
     page = str(tmp_path / "page.html")
     assert main(["depth", str(tmp_path / "m"), "--text", "b", "--out", page, "--no-png"]) == 0
     assert "mean steps" in capsys.readouterr().out
+
+
+def test_what_is_read_back_otherwise_is_not_put_in_place(source, tmp_path, monkeypatch, capsys):
+    save = checkpoint.save_file
+
+    def faulty(tensors, path, **options):  # a disk that changes a number
+        tensors["ln_f.weight"][0] += 1
+        save(tensors, path, **options)
+
+    assert command(source[0], "--to", "int8", "--no-report") == 0
+    before = (tmp_path / "m-int8" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(checkpoint, "save_file", faulty)
+    for arguments in (["--out", tmp_path / "new"], ["--overwrite"]):
+        assert command(source[0], "--to", "int8", "--no-report", *arguments) == 1
+        assert "read again, gives logits that are off by up to" in capsys.readouterr().err
+    assert (tmp_path / "m-int8" / "model.safetensors").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "m-int8"}
+
+
+def test_a_run_that_goes_on_is_compared_with_its_own_quantised_weights(small_model, tmp_path, monkeypatch, capsys):
+    config = HRMConfig.from_dict(json.loads(small_model.read_text()))
+    torch.manual_seed(0)
+    first, second = (HRMForCausalLM(config) for _ in range(2))
+    for each in (first, second):
+        for p in each.parameters():
+            p.data *= 20 if p.dim() > 1 else 1
+    checkpoint.save_checkpoint(tmp_path / "run", 1, first, None, {})
+
+    class Standard:  # the run saves while the text is read
+        @property
+        def buffer(self):
+            checkpoint.save_checkpoint(tmp_path / "run", 2, second, None, {})
+            return io.BytesIO(b"Some text that nobody trained on, of a few tokens.")
+
+    monkeypatch.setattr(sys, "stdin", Standard())
+    assert command(tmp_path / "run", "--to", "fp16", "--text", "-", "--new-tokens", 2) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["kl_nats"] < 1e-3
+    assert load_model(tmp_path / "run-fp16")[0].wte.weight.equal(first.wte.weight.half())
+
+
+@pytest.mark.parametrize("written", ["m/", ".", "m/model.safetensors"])
+def test_the_folder_to_write_is_beside_its_source_however_that_is_written(source, tmp_path, monkeypatch, written):
+    monkeypatch.chdir(tmp_path / "m" if written == "." else tmp_path)
+    assert command(written, "--to", "bf16", "--no-report") == 0
+    out = tmp_path / "m" / "model-bf16" if written.endswith("safetensors") else tmp_path / "m-bf16"
+    assert load_model(out)[0].quantization.to == "bf16"
+
+
+def test_a_model_of_characters_is_refused(tmp_path, capsys):
+    config = HRMConfig.preset("characters-tiny")
+    save_model(HRMForCausalLM(config), tmp_path / "m")
+    assert command(tmp_path / "m", "--to", "int8", "--no-report") == 1
+    assert "is one of characters" in capsys.readouterr().err and not (tmp_path / "m-int8").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("to", "dtype"), [("bf16", torch.float16), ("fp16", torch.bfloat16), ("bf16", torch.float64)])
+def test_half_weights_compute_in_any_other_type(to, dtype, tmp_path):
+    save_model(quantised(to), tmp_path / "m")
+    made, wide = (load_model(tmp_path / "m", dtype=each)[0] for each in (dtype, torch.float32))
+    out = made(ids(), ids(), force_steps=2, return_logits=True)
+    assert out.logits.dtype == dtype
+    torch.testing.assert_close(out.logits.float(), wide(ids(), force_steps=2).logits, rtol=0.1, atol=0.5)
+    assert made.generate(ids(1, 4), 3, temperature=0).shape == (1, 7)
+
+
+def test_a_report_on_a_model_that_is_all_wrong_says_so():
+    wrong = model()
+    with torch.no_grad():
+        wrong.ln_f.weight *= 1e4
+    found = compare(wrong, model(), [ids(1, 20)[0].tolist()], lambda n: None).to_dict()
+    assert found["perplexity"][0] == math.inf and found["nats_per_token"][0] > 700
+
+
+def test_other_cycles_of_a_quantised_model_stay_quantised(tmp_path):
+    made = quantised("int8")
+    other = made.with_cycles(1, 3)
+    save_model(other, tmp_path / "m")
+    again, _ = load_model(tmp_path / "m")
+    assert again.quantization == made.quantization and again(ids()).logits.equal(other(ids()).logits)
+
+
+def test_transformers_refuses_a_quantised_folder_instead_of_new_weights(tmp_path):
+    hf = pytest.importorskip("hrm_model.hf", exc_type=ImportError)
+    save_model(quantised("int8"), tmp_path / "m")
+    with pytest.raises(ValueError, match=r"written by hrm quantize .*take hrm_model\.load_model"):
+        hf.CosmicFishHRMForCausalLM.from_pretrained(tmp_path / "m")

@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import conversion
     from ..checkpoint import load_model
-    from ..quantization import quantization_of
 
     for flag in ("with_code", "push"):
         if getattr(args, flag) and args.to != "hf":
@@ -64,8 +63,6 @@ def run(args: argparse.Namespace) -> int:
     if args.to == "hf":
         conversion.check_installed()
     model, _ = load_model(_source(Path(args.ckpt), args.weights))
-    if how := quantization_of(model):
-        raise ValueError(f"{args.ckpt} is quantised ({how.describe()}) and stays so; convert its float32 source")
     found = conversion.convert(model, args.out, args.to, getattr(torch, args.dtype), args.overwrite, args.with_code)
     report = {"out": args.out, "form": args.to, "parameters": model.num_parameters(), "dtype": args.dtype, **found}
     print(

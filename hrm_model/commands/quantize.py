@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 from .shared import CKPT_HELP
@@ -59,28 +60,20 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1; or --no-report")
     how = Quantization(args.to, args.dynamic, args.group_size, args.embedding)
 
-    import torch
-
     from ..atomic import check_target
-    from ..checkpoint import load_model, save_model
+    from ..checkpoint import load_model
     from ..quantization import check_machine, quantize
     from ..training.device import choose_device
 
-    out = Path(args.out or f"{Path(args.ckpt).with_suffix('') if args.ckpt.endswith('.pt') else args.ckpt}-{args.to}")
+    out = Path(args.out) if args.out else _beside(args.ckpt, args.to)
     device = choose_device(args.device)
     check_machine(how, device)
     check_target(out, args.overwrite)  # now, not when the work is done
     model, config = load_model(args.ckpt, device)
-    windows = None if args.no_report else _windows(args, config)
-    quantised, _ = load_model(args.ckpt, device)
+    quantised = deepcopy(model)  # not read twice: of a run that goes on, the second would be a later checkpoint
     quantize(quantised, how)
-    save_model(quantised, out, overwrite=args.overwrite)
-    again, _ = load_model(out, device)
-    ids = torch.randint(0, config.vocab_size, (2, min(32, config.block_size)), generator=torch.manual_seed(0))
-    with torch.no_grad():
-        apart = (quantised(ids.to(device)).logits - again(ids.to(device)).logits).abs().max().item()
-    if apart != 0:
-        raise ValueError(f"{out} gives logits that are off by up to {apart:.3g}; do not use it, write it again")
+    windows = None if args.no_report else _windows(args, config)
+    again = _write(quantised, out, args.overwrite)
     print(f"wrote {out}: {how.describe()}; read again, its logits are the same", flush=True)
     found = {"out": str(out), **how.to_dict(), "parameters": model.num_parameters()}
     found["bytes"] = [4 * model.num_parameters(), (out / "model.safetensors").stat().st_size]
@@ -89,6 +82,38 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(_table(found)))
     print(json.dumps(found))
     return 0
+
+
+def _beside(ckpt: str, to: str) -> Path:
+    """The folder to write by default: CKPT, of a file without its suffix, and -TO; "runs/tiny/" and "." are folders."""
+    path = Path(ckpt) if Path(ckpt).name not in ("", "..") else Path(ckpt).resolve()
+    path = path.with_suffix("") if path.suffix in (".pt", ".safetensors") else path
+    return path.with_name(f"{path.name}-{to}")
+
+
+def _write(quantised, out: Path, overwrite: bool):
+    """Write the model beside its place, read it again, and only where its logits are the same put it in place.
+    Returns what was read. Raises CheckpointError; then what was at `out` is there."""
+    import torch
+
+    from ..atomic import CheckpointError, atomic_directory
+    from ..checkpoint import load_model, write_model
+    from ..conversion import same
+    from ..quantized_report import weight_bytes
+
+    config, device = quantised.config, quantised.device
+    ids = torch.randint(
+        0, config.vocab_size, (2, min(32, config.block_size)), generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    with torch.no_grad(), atomic_directory(out, overwrite, weight_bytes(quantised)) as place:
+        expected = quantised(ids)
+        write_model(quantised, place)
+        again, _ = load_model(place, device)
+        found = again(ids)
+        if not same(expected, found):
+            apart = (expected.logits - found.logits).abs().max().item()
+            raise CheckpointError(f"{out}, read again, gives logits that are off by up to {apart:.3g}; not put there")
+    return again
 
 
 def _windows(args: argparse.Namespace, config) -> list[list[int]]:
@@ -114,11 +139,13 @@ def _windows(args: argparse.Namespace, config) -> list[list[int]]:
         raise ValueError(f"--text {args.text} has {len(ids)} tokens; give at least 2, one to predict the other from")
     if max(ids) >= config.vocab_size:
         raise ValueError(
-            f"--text {args.text} has token ids up to {max(ids)}, the model's go to {config.vocab_size - 1}"
+            f"--text {args.text} has token ids up to {max(ids)}, the model's go to {config.vocab_size - 1}; "
+            "its vocabulary is not GPT-2's: take --data or --no-report"
         )
     size = config.block_size
-    starts = [start for start in range(0, len(ids) - 1, size) if len(ids) - start > min(size, 1)]
-    chosen = [starts[i * len(starts) // min(args.windows, len(starts))] for i in range(min(args.windows, len(starts)))]
+    starts = range(0, len(ids) - 1, size)
+    n = min(args.windows, len(starts))
+    chosen = [starts[i * len(starts) // n] for i in range(n)]
     return [ids[start : start + size + 1] for start in chosen]
 
 

@@ -19,7 +19,7 @@ class CosmicFishHRMConfig(PretrainedConfig):
     max_position_embeddings, intermediate_size, tie_word_embeddings.
 
     Raises:
-        ValueError: lists every field that is wrong, as HRMConfig does.
+        ValueError: lists every field that is wrong, as HRMConfig does; or the folder is of hrm quantize.
     """
 
     model_type = MODEL_TYPE
@@ -31,11 +31,22 @@ class CosmicFishHRMConfig(PretrainedConfig):
         "tie_word_embeddings": "tie_embeddings",
     }
 
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "executed_steps", "steps_taken", "q_logits"]  # noqa: RUF012
+    """Outputs that Trainer leaves out of predictions: what it gives to compute_metrics are logits."""
+
     def __init__(self, **given: Any):
+        if "quantization" in given:  # transformers would call narrow weights unexpected, and draw new ones
+            raise ValueError(
+                f"the folder was written by hrm quantize ({given['quantization']}), and transformers cannot read it; "
+                "take hrm_model.load_model, or hrm convert its float32 source --to hf"
+            )
         for theirs, ours in self.attribute_map.items():
             if theirs in given:
                 value = given.pop(theirs)
                 given.setdefault(ours, value)
+        if "intermediate_size" in given:
+            width = given.pop("intermediate_size")
+            given.setdefault("mlp_hidden", width)
         values = {name: given.pop(name, default) for name, default in _OURS.items()}
         HRMConfig(**values)
         for name, value in values.items():
