@@ -102,6 +102,14 @@ def test_one_key_of_a_tied_pair_serves_both(dropped, tmp_path):
     assert model.lm_head.weight is model.wte.weight and model.wte.weight.equal(kept)
 
 
+def test_their_names_of_sizes_are_ours(tmp_path):
+    theirs = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    CosmicFishHRMConfig(**theirs, intermediate_size=96, tie_word_embeddings=False).save_pretrained(tmp_path)
+    found = AutoConfig.from_pretrained(tmp_path).hrm()
+    ours = dict(n_embd=64, n_head=4, n_kv_head=2, block_size=32, mlp_hidden=96, tie_embeddings=False)
+    assert found == HRMConfig(**ours)
+
+
 def test_new_models_start_as_ours_do():
     config = HRMConfig.preset("tiny")
     torch.manual_seed(0)
@@ -312,6 +320,30 @@ def test_trainer_fits_saves_and_resumes(tmp_path):
     assert trainer.evaluate()["eval_loss"] < losses[0] - 1
 
 
+def test_trainer_predicts_logits_and_smooths_labels_of_the_next_token(tmp_path):
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = CosmicFishHRMForCausalLM(CosmicFishHRMConfig(**SHAPE)).eval()
+    rows = [{"input_ids": row, "labels": row} for row in ids_of(6, 8)]
+    told = {}
+
+    def metrics(found):
+        told["predictions"] = found.predictions
+        return {}
+
+    options = dict(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    args = TrainingArguments(**options, label_smoothing_factor=0.1, per_device_eval_batch_size=4)
+    loss = Trainer(model=model, args=args, eval_dataset=rows, compute_metrics=metrics).evaluate()["eval_loss"]
+    with torch.no_grad():
+        logits = model(input_ids=ids_of(6, 8)).logits
+    assert told["predictions"].shape == logits.shape, "not a tuple with depths and the like"
+    torch.testing.assert_close(torch.from_numpy(told["predictions"]), logits, rtol=1e-5, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids_of(6, 8)[:, 1:].flatten(), label_smoothing=0.1
+    )
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -327,6 +359,8 @@ def test_trainer_fits_saves_and_resumes(tmp_path):
         (lambda m: m(input_ids=ids_of(1, 3), force_steps=9), "force_steps 9 is outside 1..5"),
         (lambda m: m(input_ids=ids_of(1, 3), labels=ids_of(1, 3), use_cache=True), "labels need a pass without"),
         (lambda m: greedy(m, ids_of(1, 3), 2, cache_implementation="static"), "cache_implementation 'static'"),
+        (lambda m: greedy(m, ids_of(3, 5), 2, attention_mask=LEFT.flip(1)), "row 0 ends with padding.*pad on the left"),
+        (lambda m: greedy(m, ids_of(3, 5), 2, attention_mask=LEFT.flip(1), use_cache=False), "row 0 ends with padding"),
         (lambda m: CosmicFishHRMConfig(n_embd=450), "n_embd 450 is not divisible by n_head 8"),
     ],
 )  # fmt: skip

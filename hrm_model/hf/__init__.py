@@ -27,6 +27,10 @@ __all__ = ["CosmicFishHRMConfig", "CosmicFishHRMForCausalLM", "CosmicFishHRMOutp
 
 transformers.AutoConfig.register(CosmicFishHRMConfig.model_type, CosmicFishHRMConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(CosmicFishHRMConfig, CosmicFishHRMForCausalLM, exist_ok=True)
+# by the names here, and not by what is registered, Trainer knows whose targets label smoothing shifts
+transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CosmicFishHRMConfig.model_type] = (
+    CosmicFishHRMForCausalLM.__name__
+)
 transformers.AutoTokenizer.register(
     CosmicFishHRMConfig, fast_tokenizer_class=transformers.PreTrainedTokenizerFast, exist_ok=True
 )

@@ -254,6 +254,9 @@ class CosmicFishHRMForCausalLM(LanguageModel, CosmicFishHRMPreTrainedModel, Gene
             window = self.config.block_size
             input_ids = input_ids[:, -window:]
             attention_mask = None if attention_mask is None else attention_mask[:, -window:]
+        if attention_mask is not None and attention_mask.dim() == 2 and (attention_mask[:, -1] == 0).any():
+            row = int((attention_mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(f"row {row} ends with padding, after which nothing can be said; pad on the left")
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache, "use_cache": use_cache}
         kept = {name: kwargs[name] for name in (*_DEPTH, "logits_to_keep") if name in kwargs}
         return inputs | {"logits_to_keep": 1} | kept
