@@ -204,6 +204,17 @@ def test_push_uploads_the_folder(exported, source, monkeypatch, capsys, tmp_path
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(Hub.seen["files"])
 
 
+def test_a_hub_that_cannot_be_reached_is_named_and_the_folder_stays(source, tmp_path):
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "none", "HF_HOME": str(tmp_path / "h")}
+    code = "import sys; from hrm_model.hf.export import push_folder; push_folder(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), "me/mine"], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: ") and "was not uploaded to me/mine" in last and "hf upload me/mine" in last, last
+
+
 def test_push_to_hub_of_the_model_itself(exported, monkeypatch):
     """transformers' own method, the hub's client replaced: it asks for a repository and sends what save_pretrained
     writes."""

@@ -66,14 +66,20 @@ def push_folder(directory: str | Path, repository: str, private: bool = False) -
     """Upload an exported folder to the hub, as one commit; returns its address. The repository is made if need be.
 
     Raises:
-        OSError, ValueError: as the hub's client has it: no network, no permission, an impossible name.
+        OSError: no network, no permission, an impossible name: what the hub's client says, and how to try again.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    told = api.upload_folder(
-        repo_id=repository, folder_path=str(directory), commit_message="Model, tokenizer and card",
-        ignore_patterns=["manifest.json"],
-    )  # fmt: skip
+    try:
+        found = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        told = api.upload_folder(
+            repo_id=found, folder_path=str(directory), commit_message="Model, tokenizer and card",
+            ignore_patterns=["manifest.json"],
+        )  # fmt: skip
+    except Exception as error:  # of several families: without a network it is the HTTP library's own
+        raise OSError(
+            f"{directory} is written and was not uploaded to {repository}: {error}; once that is mended: "
+            f"hf upload {repository} {directory} --exclude manifest.json"
+        ) from error
     return str(told.commit_url)
