@@ -249,6 +249,9 @@ def quantize_linear(linear: nn.Linear, kind: str, dynamic: bool, group_size: int
     else:
         config = ao.intx(torch.int4, ao.PerGroup(group_size), ao.Mapping.ASYMMETRIC)
     ao.quantize_(linear, config, filter_fn=lambda module, name: True)
+    if kind == "fp8":  # a row of zeros has the scale 0, and torchao 0.18 divides by it: nan
+        q, empty = linear.weight.qdata, linear.weight.scale == 0
+        q.view(torch.uint8).masked_fill_(empty, 0)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

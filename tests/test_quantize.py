@@ -389,6 +389,30 @@ def test_the_folder_to_write_is_beside_its_source_however_that_is_written(source
     assert load_model(out)[0].quantization.to == "bf16"
 
 
+@torch.no_grad()
+@every
+def test_rows_of_zeros_and_of_one_number_stay_what_they_are(to, dynamic):
+    made = model()
+    weight = made.input_blocks[0].mlp.up.weight
+    weight[0], weight[1], weight[2] = 0, 3, -2
+    made.hrm_core.H_level.layers[0].mlp.down.weight.zero_()
+    quantize(made, Quantization(to, dynamic, 16 if to == "int4" else None))
+    found = made.input_blocks[0].mlp.up.weight.dequantize().float()[:3, :1]
+    torch.testing.assert_close(found, torch.tensor([[0.0], [3.0], [-2.0]]), rtol=0.01, atol=0)
+    assert (
+        not made.hrm_core.H_level.layers[0].mlp.down.weight.dequantize().any() and made(ids()).logits.isfinite().all()
+    )
+
+
+def test_a_source_that_diverged_is_not_written(tmp_path, capsys):
+    broken = model()
+    with torch.no_grad():
+        broken.ln_f.weight[0] = math.nan
+    save_model(broken, tmp_path / "m")
+    assert command(tmp_path / "m", "--to", "int8", "--no-report") == 1
+    assert "logits are not finite" in capsys.readouterr().err and not (tmp_path / "m-int8").exists()
+
+
 def test_a_model_of_characters_is_refused(tmp_path, capsys):
     config = HRMConfig.preset("characters-tiny")
     save_model(HRMForCausalLM(config), tmp_path / "m")

@@ -107,6 +107,10 @@ def _write(quantised, out: Path, overwrite: bool):
     ).to(device)
     with torch.no_grad(), atomic_directory(out, overwrite, weight_bytes(quantised)) as place:
         expected = quantised(ids)
+        if not expected.logits.isfinite().all():
+            raise CheckpointError(
+                "the quantised model's logits are not finite; see with hrm eval whether its source's are"
+            )
         write_model(quantised, place)
         again, _ = load_model(place, device)
         found = again(ids)
