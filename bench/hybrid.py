@@ -47,19 +47,15 @@ TASK = "toy_addition:2"
 N_TEST = 200
 SEGMENTS = tuple(range(1, 9))
 COMMON = dict(
-    tasks=TASK, batch_size=64, warmup=30, eval_n=N_TEST, max_new_tokens=5, log_samples_every=0, device="cpu",
+    tasks=TASK, batch_size=128, warmup=30, controller_warmup=100, eval_n=N_TEST, max_new_tokens=5, log_samples_every=0, device="cpu",
     log_every=100,
 )  # fmt: skip
+_SHAPE = dict(d_h=256, h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=3, lr=1e-3, min_lr=1e-4)
 SYSTEMS = {
-    "hybrid": dict(
-        system="hybrid", d_h=128, h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=3, injector="cab",
-        memory_tokens=8, lr=3e-3, min_lr=1e-4,
-    ),
-    "LM + LoRA": dict(system="lm", lora_layers=0, lr=1e-3, min_lr=5e-5),
-    "HRM only": dict(
-        system="hrm", d_h=128, h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=3, lr=1e-3, min_lr=5e-5
-    ),
-}  # fmt: skip
+    "hybrid": dict(system="hybrid", injector="cab", memory_tokens=8, **_SHAPE),
+    "LM + LoRA": dict(system="lm", lora_layers=0, lr=1e-3, min_lr=1e-4),
+    "HRM only": dict(system="hrm", **_SHAPE),
+}
 
 
 def lora_rank(lm: Path, weights: int) -> int:
@@ -196,7 +192,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=positive, default=2000, metavar="N", help="optimizer steps of each system; default: 2000")
+    add("--steps", type=positive, default=1200, metavar="N", help="optimizer steps of each system; default: 1200")
     add("--lm-steps", type=positive, default=400, metavar="N", help="of the language model; default: 400")
     add("--language-model", type=Path, metavar="DIR", help="a language model that an earlier run kept")
     add(

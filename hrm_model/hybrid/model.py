@@ -135,7 +135,7 @@ class HybridModel(nn.Module):
             h = self.language.encode(batch.ids, batch.mask)
             pooled.append(torch.cat(mean_and_last(self.language.norm(h), batch.prompt), 1))
             states.append(_at(h, batch.positions)[batch.targets >= 0])
-        whiten(self.controller.pooling.mix, torch.cat(pooled))
+        whiten(self.controller.pooling.mix, torch.cat(pooled), power=0.5)
         self.injector.fit(torch.cat(states))
 
     def think(self, x: Tensor, segments: int | None = None, decide: bool | None = None) -> Thought:
