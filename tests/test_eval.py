@@ -22,6 +22,7 @@ from hrm_model.evaluation.requests import Request
 from hrm_model.evaluation.results import evaluate
 from hrm_model.evaluation.shared_context import Tree
 from hrm_model.evaluation.tasks import TASKS
+from hrm_model.evaluation.tasks.nq import example
 from hrm_model.evaluation.tasks.task import Choices
 from hrm_model.prefixes import prefixes
 
@@ -185,7 +186,21 @@ def test_an_answer_ends_before_a_newline():
     says = [*get_tokenizer().encode(" Paris"), newline, *get_tokenizer().encode(" more")]
     scorer = HRMScorer(speaker(says), get_tokenizer())
     found = scorer.generate([[1]], 3, ["\n"])[0]
-    assert scorer.decode(found.tokens) == " Paris" and len(found.logprobs) == len(found.steps) == 2
+    assert found.text == " Paris" and len(found.logprobs) == len(found.steps) == 2
+
+
+@pytest.mark.parametrize("end", ["\n\n", " \n", "\n\n\n", ".\n", "\r\n"])
+def test_an_answer_ends_at_the_first_newline_of_its_text_whatever_token_that_is_in(end):
+    says = [*get_tokenizer().encode(" Paris"), *get_tokenizer().encode(end), *get_tokenizer().encode("Question: more")]
+    rows = [example({"question": "Where?", "answer": ["Paris"]})]
+    results = []
+    for batched in (True, False):
+        scorer = HRMScorer(speaker(says), get_tokenizer(), batched=batched)
+        scorer.encode = lambda text, is_context=False: [1]  # its logits are a function of the position alone
+        (said,) = scorer.generate([[1]], len(says), ["\n"])
+        assert said.text.strip().rstrip(".") == "Paris" and len(said.logprobs) == len(said.tokens) + 1
+        results.append((said.text, said.tokens, said.steps, evaluate(scorer, TASKS["nq"], rows).to_dict()["correct"]))
+    assert results[0] == results[1] and results[0][-1] == 1
 
 
 def test_scores_are_means_over_tokens_and_their_error_is_that_of_a_share():

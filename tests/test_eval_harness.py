@@ -76,7 +76,7 @@ def test_rolling_and_generation_are_the_models_own(scorer):
     ]
     said = model.generate_until(asked(("One", {"until": ["\n"], "max_gen_toks": 5})), disable_tqdm=True)
     own = scorer.generate([scorer.encode("One")], 5, [])[0]
-    assert said == [scorer.decode(own.tokens).split("\n")[0]]
+    assert said == [own.text.split("\n")[0]]
 
 
 def test_lm_evals_scores_follow_from_our_log_likelihoods(scorer, place):

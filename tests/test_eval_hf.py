@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +125,18 @@ def test_a_newline_is_its_own_token_whatever_stands_before_it(folders):
     mark, newline = scorer.encode(" ")[0], scorer.encode("\n")[0]
     scorer.encode = lambda text: [mark, newline]
     assert scorer._tokens_of("\n") == [newline]
+
+
+def test_a_text_ends_at_a_newline_inside_a_token(folders):
+    scorer = HFScorer(str(folders / "gpt2"))
+    paris, lines, more = (scorer.encode(text) for text in (" Paris", ".\n\n", "Question"))
+    scorer.model.generate = lambda input_ids, **_: SimpleNamespace(
+        sequences=torch.cat((input_ids, torch.tensor([paris + lines + more])), 1),
+        logits=[torch.zeros(1, len(scorer.tokenizer))] * len(paris + lines + more),
+    )
+    (said,) = scorer.generate([[5]], 9, ["\n"])
+    assert said.text == " Paris." and list(said.tokens) == (paris + lines)[: len(said.tokens)]
+    assert len(said.logprobs) == len(said.tokens) + 1 <= len(paris + lines)
 
 
 @pytest.mark.parametrize("kind", KINDS)

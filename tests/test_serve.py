@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -274,6 +275,12 @@ BAD_MESSAGES = [
 ]
 
 
+def test_null_is_as_if_it_were_left_out():
+    asked = {"prompt": "a", "stream": True, "stream_options": {"include_usage": None}, "n": None, "stop": None}
+    found = parse(json.dumps(asked).encode(), False, LIMITS, get_tokenizer())
+    assert (found.include_usage, found.n, found.stop) == (False, 1, ())
+
+
 @pytest.mark.parametrize(("messages", "words"), BAD_MESSAGES)
 def test_bad_messages_are_one_clear_error(messages, words):
     with pytest.raises(ApiError) as refused:
@@ -449,6 +456,14 @@ def test_a_full_server_says_when_to_come_back_and_a_slow_one_gives_up(model):
         assert post(address, "/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
+def test_more_choices_than_there_is_ever_room_for_are_refused_for_good(model):
+    """429 would let a client try again for ever."""
+    with served(model, places=1, queue=2) as (address, _):
+        refused = post(address, "/v1/completions", {"prompt": "a", "n": 4, "max_tokens": 1})
+        assert refused.status_code == 400 and "4 choices are more than the 3" in refused.json()["error"]["message"]
+        assert post(address, "/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 1}).status_code == 200
+
+
 def test_a_failure_in_a_stream_is_told_in_the_stream(model):
     with served(model) as (address, _):
         fired = []
@@ -473,7 +488,7 @@ def test_slow_senders_are_given_up(model, monkeypatch):
 
 
 def test_who_does_not_read_is_given_up(model, monkeypatch):
-    monkeypatch.setattr("hrm_model.serve.app.WRITE_SECONDS", 0.5)
+    monkeypatch.setattr("hrm_model.serve.connection.WRITE_SECONDS", 0.5)
     with served(model) as (address, scheduler):
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps({"prompt": [1], "n": 16, "max_tokens": 90, "min_tokens": 90, "stream": True, "logprobs": 20})
@@ -485,6 +500,58 @@ def test_who_does_not_read_is_given_up(model, monkeypatch):
             until(lambda: scheduler.active == scheduler.waiting == 0)
             assert scheduler.counts.finished["cancelled"] > 0
         assert httpx.get(f"{address}/health").status_code == 200
+
+
+@contextlib.contextmanager
+def answering(size: int):
+    """(address, those that were lost) of a server whose answers are so many bytes at once."""
+    from hrm_model.serve.guard import Guard, Rules
+    from hrm_model.serve.run import Service, listen
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    service, ready = Service(Guard(app, Rules()), lambda: None, 5, lambda line: None), threading.Event()
+    with listen("127.0.0.1", 0) as bound:
+        thread = threading.Thread(target=service.run, args=(bound, False, ready.set), daemon=True)
+        thread.start()
+        assert ready.wait(60)
+        yield bound.getsockname()
+        service.end()
+        thread.join(60)
+
+
+def asking(address, receive_buffer: int) -> socket.socket:
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    made.connect(address)
+    made.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    return made
+
+
+def test_who_does_not_read_a_whole_answer_is_given_up(monkeypatch):
+    """Its bytes, and a place among the connections, would be held for as long as it likes."""
+    from hrm_model.serve.connection import Connection
+
+    lost, before = threading.Event(), Connection.connection_lost
+    monkeypatch.setattr("hrm_model.serve.connection.WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(Connection, "connection_lost", lambda self, why: (before(self, why), lost.set()))
+    for size in (1_000_000, 140_000):  # the second leaves less than asyncio's own limit of a buffer
+        with answering(size) as address, asking(address, 1024):
+            assert lost.wait(5), size
+            lost.clear()
+
+
+def test_who_reads_slowly_gets_all_of_it(monkeypatch):
+    monkeypatch.setattr("hrm_model.serve.connection.WRITE_SECONDS", 0.2)
+    monkeypatch.setattr("hrm_model.serve.connection.LEAST_READ", 1000)
+    with answering(1_000_000) as address, asking(address, 4096) as slow:
+        said, began = 0, time.monotonic()
+        while part := slow.recv(16_384):
+            said += len(part)
+            time.sleep(0.01)
+    assert said > 1_000_000 and time.monotonic() - began > 0.4
 
 
 def test_counts_are_told(server):
@@ -504,8 +571,8 @@ def checkpoint(model, tmp_path_factory) -> Path:
     return path
 
 
-def started(checkpoint: Path, *flags: str) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, "-m", "hrm_model", "serve", str(checkpoint), "--port", "0", *flags]
+def started(checkpoint: Path, *flags: str, program=("-m", "hrm_model")) -> tuple[subprocess.Popen, str]:
+    command = [sys.executable, *program, "serve", str(checkpoint), "--port", "0", *flags]
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(
@@ -554,6 +621,19 @@ def test_when_the_time_is_over_clients_are_told_and_it_ends(checkpoint):
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "stopping"
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0 and "Traceback" not in said, said
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_that_can_answer_no_more_ends_with_1(checkpoint):
+    """systemd's Restart=on-failure starts another; one that stays would say 503 for ever."""
+    broken = "import sys, hrm_model.cli, hrm_model.serve.scheduler as s; s.Scheduler._settled = lambda *_: 1 / 0; "
+    process, address = started(checkpoint, program=("-c", broken + "sys.exit(hrm_model.cli.main())"))
+    try:
+        assert post(address, "/v1/completions", {"prompt": "a"}).status_code == 500
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1 and "ZeroDivisionError" in said
     finally:
         process.kill()
         process.communicate()

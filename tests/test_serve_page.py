@@ -126,3 +126,51 @@ def test_errors_are_shown_stop_stops_and_a_conversation_goes_on(tab):
         assert tab.inner_text("#status") in ("", "cut: more tokens allow longer answers")
         tab.click("#clear")
         assert tab.locator(".turn").count() == 0
+
+
+def test_a_new_conversation_may_begin_while_an_answer_comes(tab):
+    with served(text_model(block_size=512)) as (address, _):
+        tab.goto(address)
+        tab.eval_on_selector("details", "details => { details.open = true }")
+        tab.fill("#max_tokens", "400")
+        tab.fill("#question", "Old")
+        tab.press("#question", "Enter")
+        tab.wait_for_selector(".answer .t")
+        tab.click("#clear")
+        with tab.expect_request("**/v1/chat/completions") as sent:
+            ask(tab, "New", max_tokens=3)
+        assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "New"}]
+        assert tab.locator(".turn").count() == 2 and tab.get_attribute("#status", "class") != "bad"
+
+
+def test_a_question_that_got_no_answer_is_there_to_be_sent_again(tab):
+    """And the page asks for no more tokens than this server gives."""
+    with served(text_model(block_size=80)) as (address, _):
+        tab.goto(address)
+        assert (tab.get_attribute("#max_tokens", "max"), tab.input_value("#max_tokens")) == ("79", "40")
+        tab.fill("#question", "Hi")
+        tab.eval_on_selector("#temperature", "input => { input.value = '9' }")
+        tab.press("#question", "Enter")  # options are closed: what is wrong in them must be said all the same
+        tab.wait_for_function("() => document.getElementById('status').textContent")
+        assert "temperature 9 must be a number in 0..2" in tab.inner_text("#status")
+        ask(tab, "Hi", max_tokens=3, temperature=1)
+    ask(tab, "Are you there?")
+    assert "cannot be reached" in tab.inner_text("#status") and tab.input_value("#question") == "Are you there?"
+    assert tab.locator(".user").count() == tab.locator(".answer").count() == 1
+
+
+def test_who_reads_above_is_not_taken_down(tab):
+    with served(text_model(block_size=512)) as (address, _):
+        tab.set_viewport_size({"width": 500, "height": 300})
+        tab.goto(address)
+        ask(tab, "Hi", max_tokens=120)
+        assert tab.evaluate("() => window.scrollY") > 0, "it follows what is written"
+        tab.eval_on_selector("details", "details => { details.open = false }")
+        tab.fill("#question", "More")
+        tab.press("#question", "Enter")
+        tab.wait_for_function(
+            "() => document.querySelectorAll('.answer:nth-of-type(n+4) .t, .answer ~ .answer .t').length > 5"
+        )
+        tab.evaluate("() => window.scrollTo(0, 0)")
+        tab.wait_for_function("() => !document.getElementById('send').disabled")
+        assert tab.evaluate("() => window.scrollY") == 0

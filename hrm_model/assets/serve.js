@@ -22,6 +22,7 @@ const say = (text, bad = false) => {
 const busy = (is) => {
   at("send").disabled = is;
   at("stop").disabled = !is;
+  at("talk").ariaBusy = String(is); // read out as an answer, not as a hundred tokens
 };
 
 function request() {
@@ -88,27 +89,33 @@ class Answer {
     shown.title = depth === 1 ? "1 step" : depth + " steps";
     if (this.waiting.length > 1) shown.title = this.waiting.join(", ") + " steps";
     this.waiting = [];
+    // who has scrolled up to read stays there
+    const page = document.documentElement, below = page.scrollHeight - window.innerHeight - window.scrollY;
     this.turn.append(shown);
     this.text += text;
     const mean = this.steps.reduce((a, b) => a + b, 0) / this.steps.length;
     const rate = this.steps.length / ((performance.now() - this.begun) / 1000);
     this.facts.textContent = this.steps.length + " tokens, " + mean.toFixed(2) + " steps a token, " + rate.toFixed(1) + " tokens/s";
-    window.scrollTo(0, document.body.scrollHeight);
+    if (below < 40) window.scrollTo(0, page.scrollHeight);
   }
 }
 
 async function ask(question) {
+  const mine = running = new AbortController(), turn = made("div", "turn user", question);
   history.push({ role: "user", content: question });
-  at("talk").append(made("div", "turn user", question));
+  at("talk").append(turn);
+  window.scrollTo(0, document.documentElement.scrollHeight);
   say("");
   busy(true);
-  running = new AbortController();
-  let answer = null;
+  let answer = null, ended = false;
   try {
-    const response = await post(running.signal);
+    const response = await post(mine.signal);
     answer = new Answer();
     for await (const data of events(response.body)) {
-      if (data === "[DONE]") break;
+      if (data === "[DONE]") {
+        ended = true;
+        break;
+      }
       const piece = JSON.parse(data);
       if (piece.error) throw new Error(piece.error.message);
       for (const choice of piece.choices) {
@@ -116,13 +123,21 @@ async function ask(question) {
         if (choice.finish_reason === "length") say("cut: more tokens allow longer answers");
       }
     }
+    if (!ended) throw new Error("the connection ended before the answer did");
     if (!answer.text.trim()) say("the model answered with white space alone");
   } catch (error) {
+    if (running !== mine) return; // a new conversation has begun: nothing of this one belongs to it
     if (error.name === "AbortError") say("stopped");
+    else if (error instanceof TypeError) say("the server cannot be reached, or the connection broke", true);
     else say(error.message, true);
   }
   if (answer) history.push({ role: "assistant", content: answer.text });
-  else history.pop();
+  else {
+    // nothing was answered: the question is there to be sent again
+    history.pop();
+    turn.remove();
+    if (!at("question").value) at("question").value = question;
+  }
   running = null;
   busy(false);
   at("question").focus();
@@ -144,7 +159,9 @@ at("question").addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => running && running.abort());
 at("clear").addEventListener("click", () => {
   if (running) running.abort();
+  running = null;
   history = [];
   at("talk").replaceChildren();
   say("");
+  busy(false);
 });

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal; returns 0.
+    """Serve until a signal; returns 0, or 1 where the thread that computes has failed.
 
     Raises:
         ValueError, OSError: what is wrong with the options, the address or the checkpoint, and the remedy.
@@ -130,9 +130,11 @@ def run(args: argparse.Namespace) -> int:
                     )
                 print(f"listening on {address}", flush=True)
 
-            Service(app, scheduler.stop, args.grace, to_standard_error).run(bound, ready=ready)
+            service = Service(app, scheduler.stop, args.grace, to_standard_error)
+            scheduler.on_failure = service.end  # whoever watches the process can start another; this one is of no use
+            service.run(bound, ready=ready)
     to_standard_error(f"ended after {sum(scheduler.counts.finished.values())} answers")
-    return 0
+    return 1 if scheduler.failed else 0
 
 
 def _check(args: argparse.Namespace) -> str | None:

@@ -214,11 +214,21 @@ class HFScorer:
             said = out.sequences[:, longest:]
             drawn = logprobs.gather(2, said[..., None])[..., 0]
             for tokens, values in zip(said.tolist(), drawn.tolist(), strict=True):
-                n = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-                found.append(Continuation(tokens[:n], values[: n + 1], [], []))
+                text, n = self._ended(tokens, stop)
+                found.append(Continuation(text, tokens[:n], values[: n + 1], [], []))
             if progress:
                 progress(len(group))
         return found
+
+    def _ended(self, tokens: Sequence[int], stop: Sequence[str]) -> tuple[str, int]:
+        """(text up to the first of `stop`, number of tokens before the one that ends it): other tokens than those of a
+        stop alone can contain it."""
+        for n, token in enumerate(tokens):
+            text = self.decode(tokens[: n + 1])
+            places = [at for at in map(text.find, stop) if at >= 0]
+            if places or token == self.tokenizer.eos_token_id:
+                return text[: min(places, default=None)], n
+        return self.decode(tokens), len(tokens)
 
     def _tokens_of(self, stop: str) -> list[int]:
         """The tokens that are this text: some tokenizers put another, which is no text, before it."""

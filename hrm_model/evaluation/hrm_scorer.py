@@ -74,10 +74,6 @@ class HRMScorer:
         """Ids of a text; of an empty context the end-of-text token, after which texts begin."""
         return self.tokenizer.encode(text) or ([END_OF_TEXT] if is_context else [])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return self.tokenizer.decode(ids)
-
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[list[Score]]:
         """A Score for each choice of each request; see requests.Scorer."""
         if not self.batched:
@@ -164,27 +160,28 @@ class HRMScorer:
         progress: Progress | None = None,
     ) -> list[Continuation]:
         """The likeliest tokens; see requests.Scorer. A prompt longer than the window keeps its end, as published."""
-        stops = (END_OF_TEXT, *(token for text in stop for token in self.encode(text)))
-        found: list[tuple[list, list, list, list]] = [([], [], [], []) for _ in prompts]
+        found: list[tuple[list, list, list, list, list]] = [([], [], [], [], []) for _ in prompts]
         groups = [range(len(prompts))] if self.batched else [[number] for number in range(len(prompts))]
         for group in groups:
             if not group:
                 continue
             events = stream(
                 self.model, [prompts[number] for number in group], max_new_tokens, sampling=Sampling(temperature=0.0),
-                stop_tokens=stops, max_steps=self.max_steps, halt_bias=self.halt_bias, use_cache=self.batched,
-                tokenizer=self.tokenizer, batch_size=self.rows_at_a_time(prompts, max_new_tokens),
+                stop=stop, stop_tokens=END_OF_TEXT, max_steps=self.max_steps, halt_bias=self.halt_bias,
+                use_cache=self.batched, tokenizer=self.tokenizer,
+                batch_size=self.rows_at_a_time(prompts, max_new_tokens),
             )  # fmt: skip
             for event in events:
-                tokens, logprobs, steps, published = found[group[event.row]]
-                if event.finish != "stop_token":
+                texts, tokens, logprobs, steps, published = found[group[event.row]]
+                texts.append(event.text)
+                if event.finish not in ("stop", "stop_token"):
                     tokens.append(event.token)
                 logprobs.append(event.logprob)
                 steps.append(event.steps)
                 published.append(event.steps - event.halted)
                 if event.finish and progress:
                     progress(1)
-        return [Continuation(*row) for row in found]
+        return [Continuation("".join(texts), *rest) for texts, *rest in found]
 
     def rows_at_a_time(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
         """How many of these prompts are continued together: ROWS, or what fits into memory."""

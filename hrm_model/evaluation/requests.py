@@ -51,6 +51,8 @@ class Score:
 class Continuation:
     """What a model says after a prompt."""
 
+    text: str
+    """Up to the first of the texts that end it, wherever in a token that stands."""
     tokens: Sequence[int]
     """Without the token that made it stop."""
     logprobs: Sequence[float]
@@ -76,9 +78,6 @@ class Scorer(Protocol):
     def encode(self, text: str, is_context: bool = False) -> list[int]:
         """Ids of a text. A context that is empty becomes the one token that begins a text."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[list[Score]]:
         """A Score for each choice of each request. A request's result depends on nothing but that request."""
 
@@ -89,7 +88,7 @@ class Scorer(Protocol):
         stop: Sequence[str],
         progress: Progress | None = None,
     ) -> list[Continuation]:
-        """The likeliest token, again and again, up to the end of text, the token of one of `stop`, or the limit."""
+        """The likeliest token, again and again, up to the end of text, one of the texts `stop`, or the limit."""
 
     def rolling(self, ids: Sequence[int], stride: int | None = None, progress: Progress | None = None):
         """See perplexity.py: the loss of every token of a text, and the steps taken for it."""

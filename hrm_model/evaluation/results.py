@@ -186,10 +186,7 @@ def _questions(scorer: Scorer, task: Task, examples: Sequence[Question], progres
     found = scorer.generate(prompts, task.max_new_tokens, task.stop, progress)
     right = None
     if task.is_right:
-        right = [
-            task.is_right(scorer.decode(row.tokens).strip(), example.answers)
-            for row, example in zip(found, examples, strict=True)
-        ]
+        right = [task.is_right(row.text.strip(), example.answers) for row, example in zip(found, examples, strict=True)]
     losses = [-sum(row.logprobs) / len(row.logprobs) for row in found]
     steps = [float(np.mean(row.steps)) for row in found] if scorer.max_steps else [0.0] * len(found)
     published = [sum(row.published_steps) // len(row.published_steps) for row in found] if scorer.max_steps else steps

@@ -19,8 +19,6 @@ from .replies import DONE, Reply, event_line
 from .requests import Asked, Limits, parse
 from .scheduler import Scheduler
 
-WRITE_SECONDS = 30.0
-"""How long a client may leave what was sent unread before it is given up."""
 MARGIN = 5.0
 """Seconds that the scheduler has to tell of a job's end after its deadline."""
 
@@ -32,7 +30,7 @@ def make_app(scheduler: Scheduler, limits: Limits, seconds: float) -> FastAPI:
         seconds: that a request may take, waiting included.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    created, shown = int(time.time()), page(limits.model, limits.max_steps)
+    created, shown = int(time.time()), page(limits)
     model = {"id": limits.model, "object": "model", "created": created, "owned_by": "hrm"}
     model["hrm"] = {"window": limits.window, "max_steps": limits.max_steps, "max_tokens": limits.most}
 
@@ -180,7 +178,7 @@ class Running:
 
 
 class Stream(Response):
-    """The reply as server-sent events, a token in each. A client that is gone, or does not read, cancels its jobs."""
+    """The reply as server-sent events, a token in each. A client that is gone cancels its jobs."""
 
     def __init__(self, running: Running, reply: Reply):
         super().__init__(status_code=200, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
@@ -190,15 +188,12 @@ class Stream(Response):
     async def __call__(self, scope, receive, send) -> None:
         gone = asyncio.ensure_future(_gone(receive))
 
-        async def sending(message: dict) -> None:
-            await asyncio.wait_for(send(message), WRITE_SECONDS)
-
         async def line(data: bytes, more: bool = True) -> None:
-            await sending({"type": "http.response.body", "body": data, "more_body": more})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
         reply = self._reply
         try:
-            await sending({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await line(b"".join(map(event_line, reply.first())))
             try:
                 while found := await self._running.next(gone):
@@ -208,8 +203,6 @@ class Stream(Response):
                 await line(event_line(error.body()), more=False)
         except ConnectionError:
             pass
-        except asyncio.TimeoutError:
-            scope["state"].get("abort", lambda: None)()
         finally:
             gone.cancel()
             self._running.cancel()

@@ -1,4 +1,4 @@
-"""A connection that is given up when nothing comes: uvicorn waits for a request's head without end."""
+"""A connection that is given up when nothing comes or nothing is read: uvicorn waits for both without end."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0
 """From the first byte (of a new connection: from its start) to the end of a request's head."""
+WRITE_SECONDS = 30.0
+"""How long a client may leave what was sent unread before it is given up."""
+LEAST_READ = 65_536
+"""Bytes that it must take in that time, where there are more."""
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with a time limit on each request's head, and `abort` in the state that applications see."""
+    """HTTP/1.1 with a time limit on each request's head, and on each answer's way to the client."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.app_state = {**self.app_state, "abort": self.abort}
-        self._head_timer = None
+        self._head_timer = self._unread_timer = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that whatever is unsent is known
         self._expect_head()
 
     def connection_lost(self, exc) -> None:
         self._head_is_here()
+        self._is_read()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -50,6 +55,30 @@ class Connection(H11Protocol):
     def abort(self) -> None:
         """Close at once, whatever is still to be sent."""
         self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        self._is_read()
+        super().resume_writing()
+
+    def _expect_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+
+        def check() -> None:
+            if self.transport.get_write_buffer_size() > unread - LEAST_READ:
+                self.abort()
+            else:
+                self._expect_reading()
+
+        self._unread_timer = self.loop.call_later(WRITE_SECONDS, check)
+
+    def _is_read(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self.abort)

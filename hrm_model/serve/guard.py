@@ -54,14 +54,10 @@ class Guard:
         """Whether new requests are refused because the server is about to end."""
         self.in_flight = 0
         """Requests that are being answered."""
-        self.seen = 0
-        self.refused = 0
-        """Requests that did not reach the application."""
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return  # there are no websockets, and uvicorn is told to start no lifespan
-        self.seen += 1
         self.in_flight += 1
         try:
             await self._answer(scope, receive, _with_headers(send))
@@ -74,7 +70,6 @@ class Guard:
             if scope["method"] == "POST":
                 receive = _given(await self._body(scope, receive), receive)
         except ApiError as error:
-            self.refused += 1
             await send_json(send, error.status, error.body(), error.headers() | {"connection": "close"})
             return
         except ConnectionError:

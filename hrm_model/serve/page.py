@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..depth_page import colour_rules
+from .requests import Limits
 
 ASSETS = Path(__file__).parents[1] / "assets"
+TOKENS = 100
+"""New tokens of an answer, where the person says nothing else and the server allows it."""
 
 
 class Page(NamedTuple):
@@ -22,16 +25,14 @@ class Page(NamedTuple):
     """Content-Security-Policy: this style, this script, requests to this server, and nothing else at all."""
 
 
-def page(model: str, max_steps: int) -> Page:
-    """The page.
-
-    Args:
-        model: the name that is shown. max_steps: how many colours there are.
-    """
+def page(limits: Limits) -> Page:
+    """The page of a server with these limits: its model's name, its steps' colours, its longest answers."""
     style, script, document = ((ASSETS / f"serve.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
     # colours are classes: a style of its own the policy would not allow a script
-    style += colour_rules(max_steps)
-    parts = {"STYLE": style, "SCRIPT": script, "MODEL": html.escape(model), "STEPS": str(max_steps)}
+    style += colour_rules(limits.max_steps)
+    parts = {"STYLE": style, "SCRIPT": script, "MODEL": html.escape(limits.model)}
+    parts |= {"STEPS": str(limits.max_steps), "MOST": str(limits.most)}
+    parts["TOKENS"] = str(min(TOKENS, limits.most, limits.window // 2))  # a question has to fit too
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -339,7 +339,8 @@ def _include_usage(fields: _Fields, stream: bool) -> bool:
             raise ValueError(f"{_shown(value)} must be an object with include_usage")
         if not stream:
             raise ValueError("needs stream true")
-        return _flag(value.get("include_usage", False))
+        wanted = value.get("include_usage")
+        return False if wanted is None else _flag(wanted)
 
     return fields.take("stream_options", check, False)
 

@@ -19,7 +19,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,6 +105,9 @@ class Scheduler:
         """Tokens of a prompt and its continuation together, at most."""
         self.max_steps = model.config.hrm_max_steps if max_steps is None else max_steps
         self.counts = Counts()
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called in the thread when it ends by an error, after every job has been told."""
+        self.failed = False
         self._options = {"max_steps": max_steps, "halt_bias": halt_bias}
         self._cache = HRMCache(model, places, max_steps=max_steps)
         self._cache.packed = ops.PackedWeights(always=True)
@@ -173,6 +176,11 @@ class Scheduler:
         """
         for job in jobs:
             self.check(job)
+        most = self.places + self.queue
+        if len(jobs) > most:
+            raise ValueError(
+                f"{len(jobs)} choices are more than the {most} that this server has room for; ask for fewer"
+            )
         with self._changed:
             if self._draining or not self.alive:
                 raise Stopping("the server is shutting down")
@@ -192,11 +200,6 @@ class Scheduler:
         for job in jobs:
             job.cancelled = True
 
-    def drain(self) -> None:
-        """Take no more jobs; those that are there go on."""
-        with self._changed:
-            self._draining = True
-
     def stop(self) -> None:
         """End: jobs that are there fail with "stopping". Returns when the thread is over."""
         with self._changed:
@@ -214,6 +217,7 @@ class Scheduler:
             failure = Failure("stopping", "the server is shutting down")
         except BaseException:
             logger.exception("the scheduler stopped")
+            self.failed = True
         finally:
             with self._changed:
                 self._draining = True
@@ -221,6 +225,8 @@ class Scheduler:
                 self._active, self._waiting = [], deque()
             for job in left:
                 self._fail(job, failure)
+            if self.failed:
+                self.on_failure()
 
     def _gather(self) -> bool:
         """Wait for jobs; let those that are over leave and others take their places. False: it is time to stop."""
@@ -234,7 +240,8 @@ class Scheduler:
                 self._end(active)
             self._waiting = deque(job for job in self._waiting if self._is_wanted(job, now))
             while self._waiting and self._free:
-                self._active.append(self._settled(self._waiting.popleft(), now))
+                self._active.append(self._settled(self._waiting[0], now))
+                self._waiting.popleft()  # not before: who waits is told if that fails
         return True
 
     def _is_wanted(self, job: Job, now: float) -> bool:
