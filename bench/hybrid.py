@@ -50,12 +50,12 @@ COMMON = dict(
     tasks=TASK, batch_size=128, warmup=30, controller_warmup=100, eval_n=N_TEST, max_new_tokens=5, log_samples_every=0, device="cpu",
     log_every=100,
 )  # fmt: skip
-_SHAPE = dict(d_h=256, h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=3, lr=1e-3, min_lr=1e-4)
+_SHAPE = dict(h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=2, lr=1e-3, min_lr=1e-4)
 SYSTEMS = {
-    "hybrid": dict(system="hybrid", injector="cab", memory_tokens=8, **_SHAPE),
     "LM + LoRA": dict(system="lm", lora_layers=0, lr=1e-3, min_lr=1e-4),
-    "HRM only": dict(system="hrm", **_SHAPE),
-}
+    "HRM only": dict(system="hrm", d_h=224, **_SHAPE),
+    "hybrid": dict(system="hybrid", d_h=384, injector="cab", memory_tokens=4, **_SHAPE),
+}  # the longest first; d_h 384 is as wide as what is pooled, twice the language model's width
 
 
 def lora_rank(lm: Path, weights: int) -> int:
@@ -192,7 +192,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=positive, default=1200, metavar="N", help="optimizer steps of each system; default: 1200")
+    add("--steps", type=positive, default=1100, metavar="N", help="optimizer steps of each system; default: 1100")
     add("--lm-steps", type=positive, default=400, metavar="N", help="of the language model; default: 400")
     add("--language-model", type=Path, metavar="DIR", help="a language model that an earlier run kept")
     add(
