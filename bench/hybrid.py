@@ -47,8 +47,8 @@ TASK = "toy_addition:2"
 N_TEST = 200
 SEGMENTS = tuple(range(1, 9))
 COMMON = dict(
-    tasks=TASK, batch_size=128, warmup=30, controller_warmup=100, eval_n=N_TEST, max_new_tokens=5, log_samples_every=0, device="cpu",
-    log_every=100,
+    tasks=TASK, batch_size=128, warmup=30, controller_warmup=100, eval_n=N_TEST, max_new_tokens=5, log_every=100,
+    log_samples_every=0, device="cpu",
 )  # fmt: skip
 _SHAPE = dict(h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=2, lr=1e-3, min_lr=1e-4)
 SYSTEMS = {

@@ -1,4 +1,5 @@
-"""A linear map set by a sample: what all vectors have in common goes, what tells them apart comes to one scale, or near it."""
+"""A linear map set by a sample: what all vectors have in common goes, what tells them apart comes to one scale, or near
+it."""
 
 from __future__ import annotations
 
