@@ -1,14 +1,15 @@
 """Does a long run stay as it began? Trains the tiny recipe for half an hour, stopped and resumed every few minutes.
 
-    python bench/soak.py                          # 30 minutes, a SIGTERM and --resume auto every 4
+    python bench/soak.py                          # 30 minutes, a SIGTERM and --resume auto every 10
     python bench/soak.py --minutes 2 --every 0.5  # a look at it
     python bench/soak.py --save
 
 Every few seconds it looks at the training process: resident memory, open files, threads. Of each of its lives all up to
-the second evaluation is setting up (the first picture opens fonts, which stay open; the first save comes after it, and
-only then a step on top of all these); after that all three must stay where they are, further evaluations, samples,
-pictures and checkpoints included, and each life must go on at the step at which the one before stopped. The last line
-is JSON; exit status 1 where something grew or a step was lost.
+the eighth evaluation is setting up: the first picture opens fonts, which stay open, and the C library's allocator comes
+to hold what the largest of evaluations, samples, pictures and saves need at their worst order (one life of 40
+evaluations: 712 MB in the first 8, 755 up to the 15th, then 760 to 782, up and down). After that all three must stay
+where they are, evaluations, pictures and checkpoints included, and each life must go on at the step at which the one
+before stopped. The last line is JSON; exit status 1 where something grew or a step was lost.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ STOPPED = 75
 GROWTH = 0.05
 """Share of its memory by which a life may be larger in its last quarter than in its first: the allocator's."""
 PAUSE_S = 2.0
-SETTING_UP, EVALUATIONS = 2, 8
+SETTING_UP, EVALUATIONS = 8, 24
 """Evaluations until a life is judged; those that it sees at least, however slow the machine is."""
 
 
@@ -97,7 +98,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--minutes", type=float, default=30.0, metavar="N", help="of it all; default: 30")
-    add("--every", type=float, default=4.0, metavar="N", help="minutes of a life; default: 4")
+    add(
+        "--every",
+        type=float,
+        default=10.0,
+        metavar="N",
+        help="minutes of a life, or 24 evaluations if those take longer; default: 10",
+    )
     add("--data", nargs="+", default=[], metavar="DIR", help="prepared datasets; default: data/stdlib")
     add("--save", action="store_true", help="append the record to bench/results/soak.jsonl")
     return parser.parse_args(argv)

@@ -56,6 +56,20 @@ def test_a_published_folder_gives_the_logits_of_load_model_exactly(name, tmp_pat
     assert found.executed_steps.equal(expected.executed_steps) and found.steps_taken.equal(expected.steps_taken)
 
 
+def test_a_folder_with_pytorch_model_bin_loads_in_both_interfaces(tmp_path):
+    ours = thinker().float()
+    save_model(ours, tmp_path / "model")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    torch.save(ours.state_dict(), folder / "pytorch_model.bin")
+    ids = ids_of(2, 9)
+    with torch.no_grad():
+        expected = ours(ids).logits
+        assert load_model(folder)[0](ids).logits.equal(expected)
+        assert AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits.equal(expected)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_pretrained_comes_back_in_both_interfaces(tied, dtype, tmp_path):
