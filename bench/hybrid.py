@@ -53,8 +53,8 @@ COMMON = dict(
 _SHAPE = dict(h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=2, lr=1e-3, min_lr=1e-4)
 SYSTEMS = {
     "LM + LoRA": dict(system="lm", lora_layers=0, lr=1e-3, min_lr=1e-4),
-    "HRM only": dict(system="hrm", d_h=224, **_SHAPE),
-    "hybrid": dict(system="hybrid", d_h=384, injector="cab", memory_tokens=4, **_SHAPE),
+    "HRM only": dict(system="hrm", d_h=192, **_SHAPE),
+    "hybrid": dict(system="hybrid", d_h=384, injector="cab", memory_tokens=4, no_logit_bias=True, **_SHAPE),
 }  # the longest first; d_h 384 is as wide as what is pooled, twice the language model's width
 
 
@@ -94,10 +94,7 @@ def train(name: str, lm: str, out: str, steps: int, seed: int, rank: int) -> dic
         found["shuffled"] = accuracy(training, run.segments, shuffle=True)
         found["by_segments"] = {str(n): accuracy(training, n) for n in SEGMENTS}
         found["frozen"] = training.model.language.digest() == digest
-        found["gates"] = {
-            "injector": training.model.injector.gate().item(),
-            "vocabulary": training.model.vocabulary_bias.gate().item(),
-        }
+        found["gate"] = training.model.injector.gate().item()
         texts, _ = training.evaluation.answer(training.mixture.test[:5], run.segments)
         found["answers"] = [e.prompt + text for e, text in zip(training.mixture.test, texts, strict=False)]
     if name != "HRM only":
@@ -192,7 +189,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=positive, default=1100, metavar="N", help="optimizer steps of each system; default: 1100")
+    add("--steps", type=positive, default=1000, metavar="N", help="optimizer steps of each system; default: 1000")
     add("--lm-steps", type=positive, default=400, metavar="N", help="of the language model; default: 400")
     add("--language-model", type=Path, metavar="DIR", help="a language model that an earlier run kept")
     add(

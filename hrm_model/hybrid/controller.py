@@ -44,9 +44,9 @@ class Controller(nn.Module):
         """Matrices N(0, 1/4 / inputs), L_init and H_init N(0, 1/100), norms 1; biases and the halting head 0.
 
         With norms after each branch the scale of a matrix is that of its branch against what it is added to, and the
-        states that a prompt's x is added to must not drown it. Two-digit sums, by a linear readout of one segment, after
-        600 steps of 64: 26 % right with N(0, 1 / inputs) and states N(0, 1), 30 % with smaller states, 39 % with smaller
-        matrices, 51 % with both. 0.02, which suits wide models, leaves branches of narrow ones without effect.
+        states that a prompt's x is added to must not drown it. Two-digit sums, by a linear readout of one segment,
+        after 600 steps of 64: 26 % right with N(0, 1 / inputs) and states N(0, 1), 30 % with smaller states, 39 % with
+        smaller matrices, 51 % with both. 0.02, which suits wide models, leaves branches of narrow ones without effect.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias") or "q_head" in name:

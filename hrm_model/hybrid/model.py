@@ -26,8 +26,8 @@ from .tasks.collate import AnswerBatch
 from .whitening import whiten
 
 POOLING_POWER = 2 / 3
-"""How far pooled prompts are whitened. Two-digit sums, one segment, 256 channels, 600 steps of 128: 38, 65, 85 % of new ones
-were right at 1/4, 1/2, 3/4; at 1 a network as deep learned them sooner still, but never the last 3 to 5 %."""
+"""How far pooled prompts are whitened. Two-digit sums, one segment, 256 channels, 600 steps of 128: 38, 65, 85 % of new
+ones were right at 1/4, 1/2, 3/4; at 1 a network as deep learned them sooner still, but never the last 3 to 5 %."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ def whiten(linear: nn.Linear, sample: Tensor, power: float = 1.0) -> None:
 
         W = c R S^-power V^T,  b = -W mean,  c so that y has mean square 1
 
-    with R drawn at random, orthonormal in its columns or in its rows, whichever are fewer.
+    with R drawn at random, orthonormal columns, one for each of the strongest n <= n_out directions.
 
     What hidden states have in common is most of them, and what tells them apart a small part, in few directions: with a
     random matrix a norm or a softmax behind it would see the former and hardly the latter.
@@ -31,12 +31,11 @@ def whiten(linear: nn.Linear, sample: Tensor, power: float = 1.0) -> None:
     _, s, v = torch.linalg.svd(sample - centre, full_matrices=False)
     n_out = len(linear.bias)
     least = max(WEAKEST * s[0], 1e-6 * sample.norm())  # float32 rounds what is common
-    n = int((s > least).sum().clamp(max=len(sample) // 2))
+    n = int((s > least).sum().clamp(max=min(n_out, len(sample) // 2)))
     if n == 0:
         return
-    r = torch.linalg.qr(torch.randn(max(n_out, n), min(n_out, n)))[0].to(v)
-    r = r if n_out >= n else r.T  # [n_out, n]
+    r = torch.linalg.qr(torch.randn(n_out, n))[0].to(v)
     weight = (r * s[:n] ** -power) @ v[:n]
-    weight *= (len(sample) * n_out / (r * s[:n] ** (1 - power)).square().sum()) ** 0.5
+    weight *= (len(sample) * n_out / s[:n].pow(2 - 2 * power).sum()) ** 0.5
     linear.weight.copy_(weight)
     linear.bias.copy_(-weight @ centre)
