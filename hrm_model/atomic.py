@@ -99,7 +99,7 @@ def atomic_file(target: str | Path, overwrite: bool = False, needed_bytes: int |
         if target.is_dir():
             raise CheckpointError(f"{target} is a directory and a .pt a file; choose another name")
         if target.exists() and not overwrite:
-            raise CheckpointError(f"{target} already exists; choose another name, or replace it (--overwrite, overwrite=True)")
+            raise CheckpointError(f"{target} already exists; choose another name or --overwrite (overwrite=True)")
         yield temporary
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
@@ -275,7 +275,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise CheckpointError(f"{target} already exists; choose another name, or replace it (--overwrite, overwrite=True)")
+        raise CheckpointError(f"{target} already exists; choose another name or --overwrite (overwrite=True)")
     # Replacing means deleting: never delete a directory that holds anything but a save of ours.
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file and a save is a directory; choose another name")
