@@ -1,6 +1,6 @@
 """A small causal language model of one's own, trained on the standard library's text: what bench/hybrid.py freezes.
 
-A Llama of transformers with 3.7 million weights and a byte-level BPE of 1,024 tokens, digits single. It is saved as any
+A Llama of transformers with 2 million weights and a byte-level BPE of 1,024 tokens, digits single. It is saved as any
 model of a hub is, and read back as one.
 """
 
@@ -19,7 +19,7 @@ from hrm_model.training.sources import Report, StdlibSource
 
 VOCABULARY = 1024
 SHAPE = dict(
-    vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, rope_theta=10_000.0, tie_word_embeddings=False,
 )  # fmt: skip
 WINDOW, ROWS = 128, 8

@@ -17,7 +17,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("chat", "generate", "serve", "info", "depth", "eval", "convert", "quantize", "analyze", "demo", "recover")
+COMMANDS = (
+    "chat", "generate", "serve", "info", "depth", "eval", "convert", "quantize", "ask", "analyze", "demo", "recover",
+)  # fmt: skip
 """Modules of hrm_model.commands, each with HELP, add_arguments(parser) and run(args) -> exit status. A module is
 imported when its command is asked for, so that `hrm --help` answers at once."""
 

@@ -124,6 +124,16 @@ def test_a_whitened_map_keeps_what_tells_vectors_apart():
     assert y.mean(0).abs().max() < 2e-2 and y.pow(2).mean().item() == pytest.approx(1, abs=1e-2)
     s = torch.linalg.svdvals(y)
     assert (s[:3] / s[0] > 0.97).all() and s[3] / s[0] < 1e-2, "each direction counts as much as the others"
+    half, narrow = nn.Linear(8, 16), nn.Linear(8, 2)
+    whiten(half, sample, power=0.5)
+    s = torch.linalg.svdvals(half(sample).detach())
+    spread = torch.linalg.svdvals((sample - sample.mean(0)).double())[:3].sqrt()
+    torch.testing.assert_close(s[:3] / s[0], (spread / spread[0]).float(), rtol=2e-2, atol=0)
+    whiten(narrow, sample, power=0.5)
+    y = narrow(sample).detach()
+    assert y.pow(2).mean().item() == pytest.approx(1, abs=1e-2), "fewer outputs than directions: the strongest"
+    s = torch.linalg.svdvals(y)
+    torch.testing.assert_close(s / s[0], (spread[:2] / spread[0]).float(), rtol=2e-2, atol=0)
     before = linear.weight.clone()
     whiten(linear, common.expand(9, 8))
     assert torch.equal(linear.weight, before), "there is nothing to tell apart"

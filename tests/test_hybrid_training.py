@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 from hybrid_models import save_language_model, tokenizer
 
 from hrm_model.checkpoint import CheckpointError, load_checkpoint
+from hrm_model.cli import main as hrm
+from hrm_model.hybrid.generate import GREEDY
 from hrm_model.hybrid.training.command import options, parse
 from hrm_model.hybrid.training.loop import HybridTraining
 from train.hybrid import __doc__ as DESCRIPTION
@@ -219,3 +221,56 @@ def test_a_loss_that_is_no_number_changes_nothing(small_lm, tmp_path, capsys):
     assert made() == 76
     assert "no parameter was changed" in capsys.readouterr().err
     assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters() if "gate" not in name)
+
+
+def test_a_run_answers_what_its_evaluation_answered(whole, small_lm, tmp_path, capsys):
+    made = training(small_lm, tmp_path / "other", "--use_act --dropout 0.1 --eval_segments 5")
+    load_checkpoint(checkpoint_of(whole, 6), made.model, restore_rng=False)
+    made.model.eval()
+    prompts = [example.prompt for example in made.mixture.test]
+    answers, segments = made.model.answers(made.collator, prompts, 4, GREEDY, 3)
+    typed = [part for prompt in prompts for part in ("-p", prompt)]
+    assert hrm(["ask", str(whole), *typed, "--json", "--device", "cpu"]) == 0
+    said = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert said == [
+        {"prompt": p, "answer": a, "segments": n} for p, a, n in zip(prompts, answers, segments, strict=True)
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    more = ["--file", str(tmp_path / "prompts.txt"), "--segments", "1", "--temperature", "1", "--seed", "3"]
+    drawn = []
+    for where in (whole, checkpoint_of(whole, 6)):
+        assert hrm(["ask", str(where), *more, "--device", "cpu"]) == 0
+        out, err = capsys.readouterr()
+        drawn.append(out)
+        assert f"{len(prompts)} answers, 1.00 segments each" in err
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("system", ["hrm", "lm --lora_rank 2 --lora_layers 0"])
+def test_baselines_answer_too(small_lm, tmp_path, capsys, system):
+    out = tmp_path / "run"
+    assert training(small_lm, out, f"--system {system}")() == 0
+    capsys.readouterr()
+    assert hrm(["ask", str(out), "-p", "12+34=", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "12+34="
+    if system == "hrm":
+        assert hrm(["ask", str(out), "-p", "1", "--temperature", "1", "--device", "cpu"]) == 1
+        assert "--temperature 1.0 draws" in capsys.readouterr().err
+
+
+def test_what_cannot_be_asked_is_one_error(whole, small_lm, tmp_path, capsys):
+    other = save_language_model(tmp_path / "lm", intermediate_size=48)
+    capsys.readouterr()
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "state.json").write_text(json.dumps({"run": {"stage": "pretrain"}}))
+    for arguments, message in (
+        ([str(tmp_path / "none"), "-p", "1"], "none is neither a run of train/hybrid.py"),
+        ([str(tmp_path / "stage"), "-p", "1"], "is of the stage 'pretrain', not of train/hybrid.py"),
+        ([str(whole)], "there is no prompt; give -p TEXT"),
+        ([str(whole), "-p", "1", "--segments", "0"], "--segments 0 must be at least 1"),
+        ([str(whole), "-p", "1", "--language-model", str(other)], "made for another language model"),
+        ([str(whole), "-p", "1" * 400], "does not fit the language model's window"),
+    ):
+        assert hrm(["ask", *arguments, "--device", "cpu"]) == 1
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("error: ") and message in err, err

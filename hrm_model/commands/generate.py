@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError: what is wrong with the options, the prompts or the checkpoint, and the remedy.
     """
     _check(args)
-    prompts = _prompts(args)
+    prompts = read_prompts(args)
     sampling = sampling_of(args)
     model, tokenizer = load(args)
     check_depth(args, model.config)
@@ -226,12 +226,13 @@ def _check(args: argparse.Namespace) -> None:
     check_depth(args)
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Of -p and --file; with --whole the file is one. Raises ValueError where there is none, or an empty one."""
     from ..text_input import checked_text, read_lines, read_text
 
     prompts = [checked_text(text, f"prompt {number}") for number, text in enumerate(args.prompt, 1)]
     if args.file is not None:
-        prompts += [read_text(args.file)] if args.whole else read_lines(args.file)
+        prompts += [read_text(args.file)] if getattr(args, "whole", False) else read_lines(args.file)
     if not prompts:
         raise ValueError("there is no prompt; give -p TEXT, or --file FILE with one prompt a line")
     for number, text in enumerate(prompts, 1):

@@ -41,20 +41,22 @@ class Controller(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices N(0, 1 / inputs), L_init and H_init N(0, 1), norms 1; biases and the halting head 0.
+        """Matrices N(0, 1/4 / inputs), L_init and H_init N(0, 1/100), norms 1; biases and the halting head 0.
 
-        With norms after each branch the scale of a matrix is that of its branch; 0.02, which suits wide models, leaves
-        branches of narrow ones without effect for hundreds of steps.
+        With norms after each branch the scale of a matrix is that of its branch against what it is added to, and the
+        states that a prompt's x is added to must not drown it. Two-digit sums, by a linear readout of one segment,
+        after 600 steps of 64: 26 % right with N(0, 1 / inputs) and states N(0, 1), 30 % with smaller states, 39 % with
+        smaller matrices, 51 % with both. 0.02, which suits wide models, leaves branches of narrow ones without effect.
         """
         for name, p in self.named_parameters():
             if name.endswith("bias") or "q_head" in name:
                 p.zero_()
             elif "_init" in name:
-                p.normal_()
+                p.normal_(0.0, 0.1)
             elif p.dim() == 1:
                 p.fill_(1.0)
             else:
-                p.normal_(0.0, 1 / math.sqrt(p.shape[1]))
+                p.normal_(0.0, 0.5 / math.sqrt(p.shape[1]))
 
     def segments(self, x: Tensor, n: int) -> Iterator[Tensor]:
         """z_H [B, 1, d_h] after segment 1, 2, .. n, with that segment's gradient alone; every row runs all of them.

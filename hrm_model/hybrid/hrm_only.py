@@ -16,6 +16,9 @@ from .config import HybridConfig
 from .model import Learned
 from .tasks.collate import AnswerBatch, Collator
 
+LONGEST_HRM = 512
+"""Tokens of a row that it takes in training."""
+
 
 class HRMOnly(nn.Module):
     """Learns and answers as HybridModel does; every row runs all segments, the last of them with gradient.

@@ -25,6 +25,10 @@ from .pooling import mean_and_last
 from .tasks.collate import AnswerBatch
 from .whitening import whiten
 
+POOLING_POWER = 2 / 3
+"""How far pooled prompts are whitened. Two-digit sums, one segment, 256 channels, 600 steps of 128: 38, 65, 85 % of new
+ones were right at 1/4, 1/2, 3/4; at 1 a network as deep learned them sooner still, but never the last 3 to 5 %."""
+
 
 @dataclass
 class Learned:
@@ -135,7 +139,7 @@ class HybridModel(nn.Module):
             h = self.language.encode(batch.ids, batch.mask)
             pooled.append(torch.cat(mean_and_last(self.language.norm(h), batch.prompt), 1))
             states.append(_at(h, batch.positions)[batch.targets >= 0])
-        whiten(self.controller.pooling.mix, torch.cat(pooled))
+        whiten(self.controller.pooling.mix, torch.cat(pooled), power=POOLING_POWER)
         self.injector.fit(torch.cat(states))
 
     def think(self, x: Tensor, segments: int | None = None, decide: bool | None = None) -> Thought:

@@ -1,4 +1,5 @@
-"""A linear map set by a sample: what all vectors have in common goes, what tells them apart comes to one scale."""
+"""A linear map set by a sample: what all vectors have in common goes, what tells them apart comes to one scale, or near
+it."""
 
 from __future__ import annotations
 
@@ -10,15 +11,20 @@ WEAKEST = 1e-3
 
 
 @torch.no_grad()
-def whiten(linear: nn.Linear, sample: Tensor) -> None:
-    """Set y = W v + b so that y is white over the sample: W = R S^-1 V^T, b = -W mean, with U S V^T the centred sample
-    and R orthonormal columns, drawn. y has mean square 1.
+def whiten(linear: nn.Linear, sample: Tensor, power: float = 1.0) -> None:
+    """Set y = W v + b by a sample, whose centred form is U S V^T:
+
+        W = c R S^-power V^T,  b = -W mean,  c so that y has mean square 1
+
+    with R drawn at random, orthonormal columns, one for each of the strongest n <= n_out directions.
 
     What hidden states have in common is most of them, and what tells them apart a small part, in few directions: with a
     random matrix a norm or a softmax behind it would see the former and hardly the latter.
 
     Args:
         linear: [n_out, n_in], with a bias. sample: [N, n_in]; where all rows are equal, nothing is set.
+        power: 1 makes y white: each direction counts as much as any other. Less leaves the stronger ones ahead, for
+            where the weak ones are mostly what single rows have to themselves.
     """
     sample = sample.double()
     centre = sample.mean(0)
@@ -29,7 +35,7 @@ def whiten(linear: nn.Linear, sample: Tensor) -> None:
     if n == 0:
         return
     r = torch.linalg.qr(torch.randn(n_out, n))[0].to(v)
-    scale = (len(sample) * n_out / n) ** 0.5
-    weight = scale * (r / s[:n]) @ v[:n]
+    weight = (r * s[:n] ** -power) @ v[:n]
+    weight *= (len(sample) * n_out / s[:n].pow(2 - 2 * power).sum()) ** 0.5
     linear.weight.copy_(weight)
     linear.bias.copy_(-weight @ centre)

@@ -14,17 +14,12 @@ from ...training.clock import Clock, duration
 from ...training.head import HeadTraining
 from ...training.loop import Training
 from ...training.optim import build_optimizer
-from ..hrm_only import HRMOnly
-from ..language_model import load_language_model, load_tokenizer
-from ..model import HybridModel
+from ..build import build
 from ..tasks import Mixture
-from ..tasks.collate import Collator
 from .evaluation import HybridEvaluation
 from .options import HybridRun
 from .step import HybridData, HybridStep, HybridStepResult
 
-LONGEST_HRM = 512
-"""Tokens of a row that the baseline without a language model takes."""
 EVAL_CSV = "eval.csv"
 FITTED = 1024
 """Training examples that pooling and injector are set by before the first step."""
@@ -46,26 +41,14 @@ class HybridTraining(Training):
 
     def _assemble(self, shape: dict[str, Any] | None) -> None:
         run = self.run
-        tokenizer = load_tokenizer(run.tokenizer or run.model_name, run.pad_token)
-        if run.system == "hrm":
-            self.model = HRMOnly(run.shape, len(tokenizer), LONGEST_HRM, self.device)
-            window = LONGEST_HRM
-        else:
-            language = load_language_model(run.model_name, self.device, self.dtype)
-            if len(tokenizer) > language.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {len(tokenizer)} tokens and the language model {language.vocab_size}: they do "
-                    "not belong together; see --tokenizer"
-                )
-            self.model = HybridModel(language, run.shape)
-            window = language.window
+        built = build(run, self.device, self.dtype)
+        self.model, self.collator = built.model, built.collator
         if run.init_from and self.checkpoint is None:
             found = (
                 latest_checkpoint(run.init_from) if (Path(run.init_from) / "checkpoints").exists() else run.init_from
             )
             load_checkpoint(found or run.init_from, self.model, restore_rng=False)
         self.mixture = Mixture(run.task_names, run.seed, run.eval_n)
-        self.collator = Collator(tokenizer, window, self.device)
         if run.system == "hybrid" and not run.init_from and self.checkpoint is None:
             examples = self.mixture.training(range(FITTED))
             self.model.fit(self.collator(examples[i : i + 64]) for i in range(0, len(examples), 64))
