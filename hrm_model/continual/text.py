@@ -63,8 +63,8 @@ def check_length(text: Text, seq_length: int) -> None:
     if min(text.n_train, n - text.n_train) < seq_length + 1:
         raise ValueError(
             f"{text.path} has {n:,} characters; 90 % to train on and 10 % to validate with, each at least one "
-            f"sequence of --seq-length {seq_length} and its next character, need {least:,}: give a longer text, or a "
-            f"--seq-length of at most {max(1, n // 10 - 1)}"
+            f"sequence of --seq-length {seq_length} and its next character, need {least:,}: give a longer text"
+            + (f", or a --seq-length of at most {n // 10 - 1}" if n >= 20 else "")
         )
 
 
