@@ -207,11 +207,15 @@ def test_stopping_tells_those_who_wait(model):
     scheduler.start()
     running, waiting = Job([1], 90, Listener(lambda told: gate.wait(60)), stop_tokens=()), Job([2], 3, Listener())
     scheduler.submit([running, waiting])
-    scheduler.drain()
-    with pytest.raises(Stopping):
-        scheduler.submit([Job([2], 3, Listener())])
+    stopping = threading.Thread(target=scheduler.stop)
+    stopping.start()
+    with pytest.raises(Stopping):  # while the running one is still told of its token
+        for _ in range(4):
+            scheduler.submit([Job([2], 3, Listener())])
+            stopping.join(0.5)
+    assert stopping.is_alive()
     gate.set()
-    scheduler.stop()
+    stopping.join()
     assert not scheduler.alive
     assert running.sink.wait().failure.kind == waiting.sink.wait().failure.kind == "stopping"
     with pytest.raises(Stopping):

@@ -116,7 +116,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._seconds = 1.0
         self._changed = threading.Condition()  # reentrant
-        self._draining = self._stopping = False
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def __enter__(self) -> Scheduler:
@@ -182,7 +182,7 @@ class Scheduler:
                 f"{len(jobs)} choices are more than the {most} that this server has room for; ask for fewer"
             )
         with self._changed:
-            if self._draining or not self.alive:
+            if self._stopping or not self.alive:
                 raise Stopping("the server is shutting down")
             if len(self._active) + len(self._waiting) + len(jobs) > self.places + self.queue:
                 self.counts.refused += len(jobs)
@@ -203,7 +203,7 @@ class Scheduler:
     def stop(self) -> None:
         """End: jobs that are there fail with "stopping". Returns when the thread is over."""
         with self._changed:
-            self._draining = self._stopping = True
+            self._stopping = True
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
@@ -220,7 +220,7 @@ class Scheduler:
             self.failed = True
         finally:
             with self._changed:
-                self._draining = True
+                self._stopping = True
                 left = [active.job for active in self._active] + list(self._waiting)
                 self._active, self._waiting = [], deque()
             for job in left:
