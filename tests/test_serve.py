@@ -659,13 +659,14 @@ def test_a_server_that_can_answer_no_more_ends_with_1(checkpoint):
 )
 def test_a_bad_option_is_one_clear_error(checkpoint, flags, words, capsys, monkeypatch):
     monkeypatch.setattr("hrm_model.cache.free_bytes", lambda device: 10_000_000)
-    assert main(["serve", str(checkpoint), *flags]) == 1
+    assert main(["serve", str(checkpoint), "--port", "0", *flags]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and words in captured.err and captured.err.count("error:") == 1
 
 
 def test_a_port_that_is_taken_and_an_extra_that_is_missing_are_said(checkpoint, capsys, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as taken, monkeypatch.context() as patch:
+        patch.setattr("hrm_model.commands.serve.load", lambda args: pytest.fail("the model was loaded first"))
         port = taken.getsockname()[1]
         assert main(["serve", str(checkpoint), "--port", str(port)]) == 1
         assert f"127.0.0.1 port {port}: Address already in use; take another with --port" in capsys.readouterr().err

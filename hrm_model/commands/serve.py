@@ -15,6 +15,7 @@ import ipaddress
 import logging
 import math
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -84,12 +85,21 @@ def run(args: argparse.Namespace) -> int:
     """
     key = _check(args)
     hosts = _hosts(args)
+
+    from ..serve.run import listen
+
+    # before the model, which takes its time: a port that is taken is said at once, and who connects meanwhile waits
+    with listen(args.host, args.port) as bound:
+        return _serve(args, bound, key, hosts)
+
+
+def _serve(args: argparse.Namespace, bound: socket.socket, key: str | None, hosts: tuple[str, ...] | None) -> int:
     model, tokenizer = load(args)
 
     from ..serve.app import make_app
     from ..serve.guard import Guard, Rules
     from ..serve.requests import Limits
-    from ..serve.run import Service, listen, to_standard_error
+    from ..serve.run import Service, to_standard_error
     from ..serve.scheduler import Scheduler, places_that_fit
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
@@ -106,8 +116,7 @@ def run(args: argparse.Namespace) -> int:
         vocab_size=config.vocab_size,
         max_tokens=args.max_tokens,
     )
-    bound = listen(args.host, args.port)
-    with bound, named_as_typed(args):
+    with named_as_typed(args):
         scheduler = Scheduler(
             model,
             tokenizer,
