@@ -52,7 +52,7 @@ COMMON = dict(
 )  # fmt: skip
 _SHAPE = dict(h_layers=1, l_layers=1, n_heads=4, inner_T=2, segments=2, lr=1e-3, min_lr=1e-4)
 SYSTEMS = {
-    "LM + LoRA": dict(system="lm", lora_layers=0, lr=1e-3, min_lr=1e-4),
+    "LM + LoRA": dict(system="lm", lora_layers=0),
     "HRM only": dict(system="hrm", d_h=192, **_SHAPE),
     "hybrid": dict(system="hybrid", d_h=384, injector="cab", memory_tokens=4, no_logit_bias=True, **_SHAPE),
 }  # the longest first; d_h 384 is as wide as what is pooled, twice the language model's width
@@ -67,11 +67,13 @@ def lora_rank(lm: Path, weights: int) -> int:
     return max(1, round(weights / a_rank))
 
 
-def train(name: str, lm: str, out: str, steps: int, seed: int, rank: int) -> dict[str, Any]:
+def train(name: str, lm: str, out: str, steps: int, seed: int, rank: int, lora_lr: float) -> dict[str, Any]:
     """Train one of SYSTEMS and measure it."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    options = SYSTEMS[name] | ({"lora_rank": rank, "lora_alpha": float(rank)} if name == "LM + LoRA" else {})
+    options = dict(SYSTEMS[name])
+    if name == "LM + LoRA":
+        options |= dict(lora_rank=rank, lora_alpha=float(rank), lr=lora_lr, min_lr=lora_lr / 10)
     run = HybridRun(
         model_name=lm, out=f"{out}/{name}", steps=steps, seed=seed, eval_every=steps, save_every=steps,
         **COMMON, **options,
@@ -129,14 +131,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rank = lora_rank(lm, own)
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
             jobs = [
-                pool.submit(train, name, str(lm), scratch, options.steps, options.seed, rank)
+                pool.submit(train, name, str(lm), scratch, options.steps, options.seed, rank, options.lora_lr)
                 for name in options.systems
             ]
             found = {job.result()["name"]: job.result() for job in jobs}
     return {
         "environment": environment(torch.device("cpu")), "task": TASK, "n": N_TEST, "steps": options.steps,
-        "batch": COMMON["batch_size"], "seed": options.seed, "lora_rank": rank, "language_model": about,
-        "systems": found,
+        "batch": COMMON["batch_size"], "seed": options.seed, "lora_rank": rank, "lora_lr": options.lora_lr,
+        "language_model": about, "systems": found,
         "seconds": time.perf_counter() - begin,
     }  # fmt: skip
 
@@ -200,6 +202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"of {', '.join(SYSTEMS)}",
     )
+    add("--lora-lr", type=float, default=1e-3, metavar="X", help="learning rate of the adapters; default: 0.001")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--workers", type=positive, default=2, metavar="N", help="processes of one thread each; default: 2")
     add("--save", action="store_true", help="append the record to bench/results/hybrid.jsonl")
@@ -209,7 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         dest="source",
         type=Path,
         metavar="FILE",
-        help="the last record of an earlier run instead of a new one",
+        help="the last record with the hybrid of earlier runs instead of a new one",
     )
     return parser.parse_args(argv)
 
@@ -218,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parse(argv)
     if options.source:
-        record = json.loads(options.source.read_text(encoding="utf-8").splitlines()[-1])
+        lines = options.source.read_text(encoding="utf-8").splitlines()
+        record = [r for r in map(json.loads, lines) if "hybrid" in r["systems"]][-1]
     else:
         try:
             record = measure(options)
