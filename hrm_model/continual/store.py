@@ -121,15 +121,22 @@ class ModelDirectory:
         return read_history(self.checkpoint()) if self.has_checkpoint() else None
 
     def tokenizer(self) -> CharTokenizer:
-        """Of tokenizer.json, which must have every id of the checkpoint. Raises ValueError, naming `hrm recover`."""
+        """The checkpoint's characters, which tokenizer.json must begin with: it is ahead until a text's first save.
+
+        Raises:
+            ValueError: it has others, is missing or damaged; names `hrm recover`.
+        """
         found = CharTokenizer.load(self.path / TOKENIZER)
         history = self.history()
-        if history is not None and not found.extends(CharTokenizer(history.characters)):
+        if history is None:
+            return found
+        made = CharTokenizer(history.characters)
+        if not found.extends(made):
             raise ValueError(
                 f"tokenizer {self.path / TOKENIZER} is of another model: its ids are not those of the checkpoint; "
                 f"rebuild it: hrm recover {self.path}"
             )
-        return found
+        return made
 
     def link(self, role: str, checkpoint: Path) -> None:
         """Let `role` be this checkpoint."""

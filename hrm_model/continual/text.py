@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import beside
+from ..atomic import atomic_file
 from ..keyed import WINDOW_STREAM, keyed_words
 from ..text_input import read_text
 from ..training.shards import MANIFEST, Dataset, DatasetWriter, open_dataset
@@ -97,20 +97,15 @@ def store(text: Text, tokenizer: CharTokenizer, out: Path) -> Dataset:
 
 def keep_samples(dataset: Dataset, n: int, seq_length: int, seed: int, path: Path) -> None:
     """Write `n` sequences of the training split, uint16 [n, seq_length + 1] at places drawn by (seed, number), to
-    `path`: all that replay will know of the text. Nothing is written where a file is already."""
-    if path.exists():
-        return
+    `path`: all that replay will know of the text. What is there may be of a text that was never begun."""
     split = dataset.split("train")
     places = len(split) - seq_length
     n = min(n, places)
     starts = (keyed_words(seed, 0, max(n, 1), WINDOW_STREAM)[:n, 0] % np.uint64(places)).astype(np.int64)
     whole = split.read(0, len(split))
     rows = np.lib.stride_tricks.sliding_window_view(whole, seq_length + 1)[starts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path, "tmp")
-    with open(temporary, "wb") as file:
+    with atomic_file(path, overwrite=True) as temporary, open(temporary, "wb") as file:
         np.save(file, rows, allow_pickle=False)
-    temporary.replace(path)
 
 
 def read_samples(path: Path) -> np.ndarray:

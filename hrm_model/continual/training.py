@@ -27,7 +27,7 @@ from . import forgetting
 from .elastic import Elastic
 from .growth import LayerPlan, grow, grow_optimizer, rows_for
 from .options import ContinualConfig
-from .store import PAUSE, TOKENIZER, Growth, History, ModelDirectory, Seen
+from .store import PAUSE, TOKENIZER, Growth, History, ModelDirectory, Seen, read_history
 from .text import Text, keep_samples, read_samples, store
 from .tokenizer import CharTokenizer
 from .windows import TextWindows
@@ -151,6 +151,7 @@ class ContinualTraining(Training):
     def _build_model(self, shape: dict[str, Any] | None) -> HRMForCausalLM:
         lesson = self.lesson
         if self.checkpoint is not None:
+            lesson.history = self._history_of_run(self.checkpoint)
             config = HRMConfig.from_dict(read_json(self.checkpoint / "config.json"))
             return HRMForCausalLM(config).to(self.device)
         if lesson.before is None:
@@ -167,6 +168,16 @@ class ContinualTraining(Training):
             total = lesson.history.total
             lesson.history.growths.append(Growth(total, layers.L, layers.H, layers.parameters, lesson.growths))
         return grow(model, lesson.tokenizer.n_vocab, layers.L, layers.H)
+
+    @staticmethod
+    def _history_of_run(checkpoint: Path) -> History:
+        """Killed between a save and its links, a run knows more than the checkpoints by name: growth, a row of the
+        matrix. Killed while it was finished, it is finished again."""
+        history = read_history(checkpoint)
+        if history.texts[-1].status != "learning":
+            history.texts[-1].status = "learning"
+            history.losses.pop()
+        return history
 
     def _check_kept(self, config: HRMConfig) -> None:
         """A model keeps what it began with."""
@@ -251,13 +262,17 @@ class ContinualTraining(Training):
 
     def _save(self) -> None:
         super()._save()
+        self._link()
+
+    def _link(self) -> None:
+        """Let the checkpoints by name be what was saved; latest comes last, as the one that is asked what is done."""
         directory = self.lesson.directory
-        directory.link("latest", self.saved)
         best = best_checkpoint(self.out)
         if best is not None and (best == self.saved or best != self._best):
             directory.link("best", best)
             self._best = best
         directory.unlink(PAUSE)
+        directory.link("latest", self.saved)
 
     # -- the whole lesson ----------------------------------------------------------------------------------------
 
@@ -290,16 +305,14 @@ class ContinualTraining(Training):
     def _finish(self, status: str) -> None:
         """Measure what is left of every text, and let the result be main."""
         lesson, history = self.lesson, self.lesson.history
-        if lesson.entry.status != status:
-            lesson.entry.status = status
-            history.losses.append(self._losses(self.model, history.texts))
-            self._save()
-            lesson.directory.link("main", self.saved)
+        lesson.entry.status = status
+        history.losses.append(self._losses(self.model, history.texts))
+        super()._save()
         names = [f"{n}. {t.name}" for n, t in enumerate(history.texts, 1)]
-        rows = history.losses
-        if len(rows) == len(names):
-            forgetting.write(lesson.directory.path, names, rows)
-            self._say("loss on each text's validation split:\n" + forgetting.table(names, rows))
+        forgetting.write(lesson.directory.path, names, history.losses)
+        lesson.directory.link("main", self.saved)
+        self._link()  # after all else: until latest says that the text is over, the same command comes here again
+        self._say("loss on each text's validation split:\n" + forgetting.table(names, history.losses))
         self._say(f"model      {lesson.directory.path} (latest, best, main)")
 
     def _losses(self, model: HRMForCausalLM, texts: list[Seen]) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..atomic import read_json
+from ..atomic import read_json, remove_leftovers
 from ..checkpoint import (
     best_checkpoint,
     latest_checkpoint,
@@ -158,6 +158,8 @@ class Training:
         return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.data.datasets]
 
     def _look_at_directory(self) -> tuple[set[str], Path | None]:
+        # what a killed save moved aside comes back now: between the two looks it would be another process's doing
+        remove_leftovers(self.out / "checkpoints")
         return contents(self.out), find_checkpoint(self.out, self.run.resume, self.run.overwrite)
 
     def _take_directory(self) -> None:
@@ -195,7 +197,7 @@ class Training:
                 stacklevel=2,
             )
         self.step, self.val_loss = state["step"], state["val_loss"]
-        self.saved_step = self.step
+        self.saved, self.saved_step = path, self.step
         self.price.value = state["price"]
         self.start_loss, self.ended_early = state.get("start_loss"), state.get("ended_early", False)
         self._say(f"resumed from {path} (step {self.step})")

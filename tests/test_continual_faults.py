@@ -1,0 +1,129 @@
+"""What lessons survive: a kill between two files, files of a text that was never begun, options nobody should give."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+import numpy as np
+import pytest
+from continual_helpers import GREEK, SYMBOLS, Classroom
+from pretrain_helpers import assert_same_bits, signal_during, weights
+
+from hrm_model.atomic import beside
+from hrm_model.cli import main as hrm
+from hrm_model.continual.store import ModelDirectory
+from hrm_model.training.loop import EXIT_INTERRUPTED
+
+SHORT = dict(steps=2)
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They would take most of a short lesson's time."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.fixture
+def room(tmp_path) -> Classroom:
+    return Classroom(tmp_path)
+
+
+def killed_at_link(monkeypatch, lesson, role: str, number: int = 1) -> None:
+    """Run a lesson that ends as if killed before it links `role` for the `number`-th time."""
+    link, linked = ModelDirectory.link, []
+
+    def until(self, name, checkpoint):
+        linked.append(name)
+        if linked.count(role) == number:
+            raise Killed
+        link(self, name, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelDirectory, "link", until)
+        with pytest.raises(Killed):
+            lesson()
+
+
+def never_begun(room: Classroom, text: str) -> None:
+    """A lesson that is interrupted before its first step."""
+    assert room.learn(text, **SHORT, max_minutes=1e-9) == EXIT_INTERRUPTED
+
+
+# -- kills -------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_before_its_first_links_a_lesson_still_knows_that_the_model_grew(room, monkeypatch):
+    more = dict(SHORT, growth_chars=6000, growth_params=1)
+    assert signal_during(room.training("english", **SHORT), 1, signal.SIGINT)() == EXIT_INTERRUPTED
+    killed_at_link(monkeypatch, lambda: room.learn("greek", **more), "latest")
+    assert len(ModelDirectory(room.model()).history().texts) == 1
+    assert room.learn("greek", **more) == 0
+    history = ModelDirectory(room.model()).history()
+    assert [g.L for g in history.growths] == [1]
+    assert [len(row) for row in history.losses] == [1, 2], "the paused text's row is there too"
+
+
+@pytest.mark.parametrize("role", ("main", "latest", "best"))
+def test_killed_while_it_is_finished_a_lesson_is_finished_again(room, monkeypatch, role):
+    assert room.learn("english", **SHORT) == 0
+    once = {"main": 1, "latest": 3, "best": 2}[role]  # when it is linked for the last time
+    killed_at_link(monkeypatch, lambda: room.learn("greek", **SHORT), role, once)
+    assert room.learn("greek", **SHORT) == 0
+    directory = ModelDirectory(room.model())
+    found = json.loads((directory.path / "forgetting.json").read_text(encoding="utf-8"))
+    assert len(found["after"]) == 2
+    for name in ("latest", "best", "main"):
+        state = json.loads((directory.path / name / "state.json").read_text(encoding="utf-8"))
+        assert state["continual"]["texts"][-1]["status"] == "learned", name
+    assert len(directory.history().losses) == 2
+
+
+def test_killed_while_a_save_was_replaced_the_same_command_goes_on(room):
+    assert signal_during(room.training("english", **SHORT), 1, signal.SIGINT)() == EXIT_INTERRUPTED
+    save = room.model() / "runs" / "001-english" / "checkpoints" / "step-00000001"
+    save.rename(beside(save, "old"))  # between the two renames
+    assert room.learn("english", **SHORT) == 0
+
+
+def test_paused_again_before_a_step_it_stays_paused(room):
+    assert signal_during(room.training("english", **SHORT), 1, signal.SIGINT)() == EXIT_INTERRUPTED
+    never_begun(room, "english")
+    assert (room.model() / "pause" / "state.json").exists()
+    assert room.learn("english", **SHORT) == 0
+
+
+# -- a text that was never begun ---------------------------------------------------------------------------------------
+
+
+def test_characters_of_a_text_that_was_never_begun_are_none_of_the_models(room, capsys):
+    assert room.learn("english", **SHORT) == 0
+    before = ModelDirectory(room.model()).tokenizer().characters
+    never_begun(room, "symbols")
+    assert ModelDirectory(room.model()).tokenizer().characters == before
+    assert hrm(["generate", str(room.model()), "-p", SYMBOLS[:9], "--max-new-tokens", "2"]) == 0
+    assert room.learn("greek", **SHORT) == 0
+    history = ModelDirectory(room.model()).history()
+    assert not set(SYMBOLS) & set(history.characters) - {" "}
+    assert history.texts[1].new_characters == len(set(GREEK) - set(before))
+
+
+def test_samples_of_a_text_that_was_never_begun_are_not_taken_for_the_next_ones(tmp_path):
+    for name in ("straight", "changed"):
+        (tmp_path / name).mkdir()
+    straight, changed = Classroom(tmp_path / "straight"), Classroom(tmp_path / "changed")
+    (changed.folder / "greek.txt").write_text(SYMBOLS, encoding="utf-8")
+    assert changed.learn("english", **SHORT) == 0
+    never_begun(changed, "greek")
+    (changed.folder / "greek.txt").write_text(GREEK, encoding="utf-8")
+    assert straight.learn("english", **SHORT) == 0
+    for room in (straight, changed):
+        assert room.learn("greek", **SHORT) == 0
+    samples = [np.load(room.model() / "samples" / "002-greek.npy") for room in (straight, changed)]
+    assert np.array_equal(*samples)
+    assert_same_bits(*(weights(room.model() / "runs" / "002-greek", 2) for room in (straight, changed)))
