@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import signal
 import sys
 
@@ -13,6 +15,7 @@ from pretrain_helpers import assert_same_bits, signal_during, weights
 
 from hrm_model.atomic import beside
 from hrm_model.cli import main as hrm
+from hrm_model.continual import command
 from hrm_model.continual.store import ModelDirectory
 from hrm_model.training.loop import EXIT_INTERRUPTED
 
@@ -127,3 +130,119 @@ def test_samples_of_a_text_that_was_never_begun_are_not_taken_for_the_next_ones(
     samples = [np.load(room.model() / "samples" / "002-greek.npy") for room in (straight, changed)]
     assert np.array_equal(*samples)
     assert_same_bits(*(weights(room.model() / "runs" / "002-greek", 2) for room in (straight, changed)))
+
+
+# -- files and options -------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_text_that_is_gone_is_missed_before_the_next_one_is_learned(room, capsys):
+    assert room.learn("english", **SHORT) == 0
+    lost = room.model() / "data" / "001-english" / "train-00000.bin"
+    lost.unlink()
+    capsys.readouterr()
+    assert room.learn("greek", **SHORT) == 1
+    error = capsys.readouterr().err
+    assert "text 1, english, has no whole copy" in error and f"put {lost.parent} back" in error
+    assert "prepare.py" not in error and error.count("\n") == 1
+    assert not (room.model() / "runs" / "002-greek").exists()
+
+
+def test_a_damaged_copy_of_the_text_at_hand_is_made_again(room):
+    assert signal_during(room.training("english", **SHORT), 1, signal.SIGINT)() == EXIT_INTERRUPTED
+    copy = room.model() / "data" / "001-english" / "train-00000.bin"
+    good = copy.read_bytes()
+    copy.write_bytes(good[:-2] + b"\xff\xff")
+    assert room.learn("english", **SHORT) == 0
+    assert copy.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    (
+        (lambda rows: rows[:, :5], r"no samples of 25 characters but uint16 of shape \(\d+, 5\)"),
+        (lambda rows: rows[:0], r"no samples of 25 characters but uint16 of shape \(0, 25\)"),
+        (lambda rows: rows + np.uint16(60_000), r"the character id 600\d\d, outside 0..40"),
+    ),
+)
+def test_samples_that_are_none_are_named(room, capsys, damage, told):
+    assert room.learn("english", **SHORT) == 0
+    path = room.model() / "samples" / "001-english.npy"
+    np.save(path, damage(np.load(path)))
+    assert room.learn("greek", **SHORT, replay=0.5) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and re.search(told, error), error
+
+
+def test_options_that_a_paused_text_began_with_are_said_with_a_way_out_that_exists(room, capsys):
+    assert signal_during(room.training("english", **SHORT), 1, signal.SIGINT)() == EXIT_INTERRUPTED
+    assert room.learn("english", steps=9) == 1
+    error = capsys.readouterr().err
+    assert "--steps was 2, is 9" in error and "--fresh" in error
+    assert "--init-from" not in error and "--out" not in error
+
+
+def test_another_dropout_than_the_models_is_not_passed_over(room, capsys):
+    assert room.learn("english", **SHORT) == 0
+    assert room.learn("greek", **SHORT, dropout=0.5) == 1
+    assert "--dropout 0.5 is not what" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ("..", ".", ".hidden", "a/b"))
+def test_a_model_is_in_its_folder_and_is_seen_there(room, capsys, name):
+    assert room.learn("english", **SHORT, model=name) == 1
+    assert f"--model {name!r} is no name" in capsys.readouterr().err
+    assert not (room.folder / "tokenizer.json").exists() and not (room.folder / "models").exists()
+
+
+@pytest.mark.parametrize("name", ("epochs", "eval_epochs", "save_epochs"))
+def test_epochs_beyond_counting_are_refused(room, capsys, name):
+    assert room.learn("english", **{"steps": 2 * (name != "epochs"), name: 1e308}) == 1
+    assert f"--{name.replace('_', '-')} 1e+308" in capsys.readouterr().err
+
+
+# -- two at once -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_learned_meanwhile_is_not_taught_on_what_it_was(room, capsys, monkeypatch):
+    assert room.learn("english", **SHORT) == 0
+    lock = command.RunLock
+
+    def late(*path):
+        monkeypatch.setattr(command, "RunLock", lock)
+        assert room.learn("symbols", **SHORT) == 0
+        return lock(*path)
+
+    monkeypatch.setattr(command, "RunLock", late)
+    assert room.learn("greek", **SHORT) == 1
+    assert "another process taught" in capsys.readouterr().err
+    assert [t.name for t in ModelDirectory(room.model()).history().texts] == ["english", "symbols"]
+
+
+def test_a_new_model_of_another_process_is_left_to_it(room, capsys, monkeypatch):
+    def taken(path, flag):
+        path.mkdir(parents=True)
+        (path / "tokenizer.json").write_text("{}", encoding="utf-8")
+        raise ValueError(f"{flag} {path} is in use")
+
+    monkeypatch.setattr(command, "RunLock", taken)
+    assert room.learn("english", **SHORT, model="ours") == 1
+    assert "is in use" in capsys.readouterr().err
+    assert (room.model("ours") / "tokenizer.json").exists()
+
+
+def test_at_a_terminal_a_damaged_model_leaves_the_others_to_choose(room, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert room.learn("english", **SHORT) == 0
+    assert room.learn("greek", **SHORT, fresh=True) == 0
+    for role in ("latest", "best", "main"):
+        (room.model("model-2") / role / "config.json").unlink()
+    monkeypatch.setattr("sys.stdout", Terminal())
+    for typed, told in (("1\n", "has no intact checkpoint"), ("", "no model was chosen")):
+        monkeypatch.setattr("sys.stdin", Terminal(typed))
+        assert room.learn("symbols", **SHORT) == 1
+        assert told in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", Terminal("3\n"))
+    assert room.learn("symbols", **SHORT) == 0

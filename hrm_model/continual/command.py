@@ -70,15 +70,15 @@ def _run(given: dict[str, Any]) -> int:
         print(lesson.plan() + "\ndry run: nothing was written")
         return 0
     existed = directory.path.exists()
-    lock = None
+    lock = RunLock(directory.path, "--model")
     try:
+        if directory.history() != lesson.before:
+            raise ValueError(f"another process taught {directory.path} while this one started; run the command again")
         # A growth that memory cannot hold is refused before anything is written.
-        lock = RunLock(directory.path)
         print(lesson.plan(), flush=True)
         return ContinualTraining(lesson)()
     finally:
-        if lock is not None:
-            lock.close()
+        lock.close()
         if not existed and not directory.has_checkpoint():
             _remove_if_bare(directory)
 
@@ -125,8 +125,10 @@ def choose(options: ContinualConfig, sha256: str) -> ModelDirectory:
         ValueError: --model names none, or --fresh one that exists.
     """
     folder, name = Path(options.models), options.model
-    if name and Path(name).name != name:
-        raise ValueError(f"--model {name!r} is no name of a directory in --models {folder}; give the name alone")
+    if name and (Path(name).name != name or name.startswith(".")):  # ".." is a name too, and not one in the folder
+        raise ValueError(
+            f"--model {name!r} is no name of a directory in --models {folder}; give the name alone, without a first dot"
+        )
     there = models_in(folder)
     if options.fresh:
         return ModelDirectory(_unused(folder / (name or FIRST)))
@@ -150,11 +152,21 @@ def _unused(path: Path) -> Path:
 
 def _asked(folder: Path, there: list[ModelDirectory], sha256: str) -> ModelDirectory:
     """Ask which model goes on; those that have not learned this text first."""
-    there = sorted(there, key=lambda m: any(t.sha256 == sha256 and t.status == "learned" for t in m.history().texts))
+    there = sorted(there, key=lambda m: _has_learned(m, sha256))
     for number, model in enumerate(there, 1):
         print(f"{number}. {describe(model)}")
     print(f"{len(there) + 1}. a fresh model")
-    answer = input(f"which model learns this text, 1 to {len(there) + 1} (default 1): ").strip() or "1"
+    try:
+        answer = input(f"which model learns this text, 1 to {len(there) + 1} (default 1): ").strip() or "1"
+    except EOFError:
+        raise ValueError("no model was chosen; give one with --model NAME, or --fresh for a new one") from None
     if not answer.isdecimal() or not 1 <= int(answer) <= len(there) + 1:
         raise ValueError(f"{answer!r} is none of 1 to {len(there) + 1}")
     return there[int(answer) - 1] if int(answer) <= len(there) else ModelDirectory(_unused(folder / FIRST))
+
+
+def _has_learned(model: ModelDirectory, sha256: str) -> bool:
+    try:
+        return any(seen.sha256 == sha256 and seen.status == "learned" for seen in model.history().texts)
+    except ValueError:  # all of its checkpoints are damaged: the listing says so
+        return False

@@ -20,7 +20,7 @@ from ..training.device import autocast
 from ..training.evaluation import Evaluation
 from ..training.loop import EXIT_INTERRUPTED, Training
 from ..training.sampler import validation_windows
-from ..training.shards import Dataset, open_dataset
+from ..training.shards import Dataset, ShardError, open_dataset
 from ..training.stage_data import StageData
 from ..training.validation import Validation
 from . import forgetting
@@ -32,7 +32,8 @@ from .text import Text, keep_samples, read_samples, store
 from .tokenizer import CharTokenizer
 from .windows import TextWindows
 
-KEPT = {"seq_length": "block_size", "n_cycles": "hrm_H_cycles", "t_steps": "hrm_L_cycles", "loss": "loss"}
+KEPT = {"seq_length": "block_size", "n_cycles": "hrm_H_cycles", "t_steps": "hrm_L_cycles"}
+KEPT |= {"loss": "loss", "dropout": "dropout"}
 """Options that a model keeps, by the field of its configuration."""
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and two moments, float32."""
@@ -133,6 +134,7 @@ class ContinualTraining(Training):
     """The common loop on a lesson."""
 
     GO_ON = "the same command goes on"
+    ANEW = "begin a new model with --fresh"
 
     def __init__(self, lesson: Lesson):
         self.lesson, run = lesson, lesson.options
@@ -201,6 +203,8 @@ class ContinualTraining(Training):
 
     def _open_data(self) -> StageData:
         run, lesson = self.run, self.lesson
+        for number, seen in enumerate(lesson.history.texts[:-1], 1):
+            self._dataset(number, seen)  # the matrix needs it: better said now than when the text is learned
         lesson.directory.path.mkdir(parents=True, exist_ok=True)
         lesson.tokenizer.save(lesson.directory.path / TOKENIZER)
         dataset = store(lesson.text, lesson.tokenizer, lesson.directory.data(lesson.number, lesson.entry.name))
@@ -218,8 +222,19 @@ class ContinualTraining(Training):
     def _earlier(self) -> list[np.ndarray]:
         """Stored samples of each text before this one."""
         texts = self.lesson.history.texts[: self.lesson.number - 1]
-        found = [read_samples(self.lesson.directory.samples(n, t.name)) for n, t in enumerate(texts, 1)]
-        return [rows[:, : self.run.seq_length + 1] for rows in found]
+        paths = [self.lesson.directory.samples(n, t.name) for n, t in enumerate(texts, 1)]
+        return [read_samples(path, self.run.seq_length, self.tokenizer.n_vocab) for path in paths]
+
+    def _dataset(self, number: int, text: Seen) -> Dataset:
+        path = self.lesson.directory.data(number, text.name)
+        try:
+            return open_dataset(path, verify=True)
+        except ShardError as error:
+            what = str(error).rpartition("; run ")[0]  # its remedy is that of datasets of another tokenizer
+            raise ValueError(
+                f"text {number}, {text.name}, has no whole copy in the model's directory, and the matrix of losses "
+                f"needs it: {what}; put {path} back, or {self.ANEW}"
+            ) from error
 
     def _validation(self, dataset: Dataset, config: HRMConfig) -> Validation:
         windows = validation_windows([dataset], self.run.seq_length, self._windows_of(dataset), config.vocab_size)
@@ -320,8 +335,7 @@ class ContinualTraining(Training):
         own = Evaluation(self.run, model, [], self.dtype, tokenizer=self.tokenizer).own_depth
         rule, found = "head" if own is None else f"fixed:{own}", []
         for number, text in enumerate(texts, 1):
-            dataset = open_dataset(self.lesson.directory.data(number, text.name), verify=True)
-            validation = self._validation(dataset, model.config)
+            validation = self._validation(self._dataset(number, text), model.config)
             reading = validation.read(model, self.run.batch_size, lambda: autocast(self.device, self.dtype))
             found.append(reading.loss(reading.executed(rule=rule)))
         return found

@@ -67,6 +67,7 @@ class Training:
     """
 
     GO_ON = "continue with --resume auto"
+    ANEW = "start a new run with --init-from and another --out"
     tokenizer = None
     """Of the samples; None is GPT-2's."""
 
@@ -180,7 +181,7 @@ class Training:
             raise ValueError(
                 f"cannot resume {path}: the command differs from the run's:\n  "
                 + "\n  ".join(changed)
-                + "\ngive the same options, or start a new run with --init-from and another --out"
+                + f"\ngive the same options, or {self.ANEW}"
             )
         state = load_checkpoint(path, self.model, self.optimizer)
         if self.average is not None:
