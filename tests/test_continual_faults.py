@@ -17,6 +17,7 @@ from hrm_model.atomic import beside
 from hrm_model.cli import main as hrm
 from hrm_model.continual import command
 from hrm_model.continual.store import ModelDirectory
+from hrm_model.continual.training import ContinualTraining
 from hrm_model.training.loop import EXIT_INTERRUPTED
 
 SHORT = dict(steps=2)
@@ -92,6 +93,20 @@ def test_killed_while_a_save_was_replaced_the_same_command_goes_on(room):
     save = room.model() / "runs" / "001-english" / "checkpoints" / "step-00000001"
     save.rename(beside(save, "old"))  # between the two renames
     assert room.learn("english", **SHORT) == 0
+
+
+def test_killed_before_its_first_checkpoint_a_first_lesson_goes_on_in_its_directory(room, monkeypatch):
+    def killed(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualTraining, "_hold_on", killed)
+        patch.setattr(command, "_remove_if_bare", lambda directory: None)  # no process is left to do so
+        with pytest.raises(Killed):
+            room.learn("english", **SHORT)
+    assert (room.model() / "tokenizer.json").exists()
+    assert room.learn("english", **SHORT) == 0
+    assert [path.name for path in (room.folder / "models").iterdir()] == ["model"]
 
 
 def test_paused_again_before_a_step_it_stays_paused(room):
@@ -187,6 +202,28 @@ def test_another_dropout_than_the_models_is_not_passed_over(room, capsys):
     assert "--dropout 0.5 is not what" in capsys.readouterr().err
 
 
+def test_a_run_without_an_intact_checkpoint_is_named_with_a_way_out_that_works(room, capsys):
+    assert room.learn("english", **SHORT) == 0
+    assert signal_during(room.training("greek", **SHORT), 1, signal.SIGINT)() == EXIT_INTERRUPTED
+    run = room.model() / "runs" / "002-greek"
+    with open(run / "checkpoints" / "step-00000001" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    with pytest.warns(UserWarning, match="skipped broken checkpoint latest"):
+        assert room.learn("greek", **SHORT) == 1
+    error = capsys.readouterr().err
+    assert f"move {run} away" in error and "--overwrite" not in error and "--out" not in error
+    run.rename(room.folder / "away")
+    assert room.learn("greek", **SHORT) == 0
+
+
+def test_a_loss_that_is_no_number_is_said_with_a_way_out_that_exists(room, capsys):
+    assert room.learn("english", **SHORT, lr=1e30, min_lr=0.0, embed_lr=1e30, grad_clip=0.0, warmup_ratio=0.0) == 76
+    error = capsys.readouterr().err
+    assert "start anew with a lower --lr or --grad-clip, " in error
+    assert "--init-from" not in error and "--overwrite" not in error
+
+
 @pytest.mark.parametrize("name", ("..", ".", ".hidden", "a/b"))
 def test_a_model_is_in_its_folder_and_is_seen_there(room, capsys, name):
     assert room.learn("english", **SHORT, model=name) == 1
@@ -246,3 +283,12 @@ def test_at_a_terminal_a_damaged_model_leaves_the_others_to_choose(room, capsys,
         assert told in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", Terminal("3\n"))
     assert room.learn("symbols", **SHORT) == 0
+
+
+def test_a_model_that_learns_when_to_stop_goes_on_learning_it(room):
+    shape = json.loads((room.folder / "shape.json").read_text(encoding="utf-8"))
+    (room.folder / "shape.json").write_text(json.dumps(shape | {"hrm_max_steps": 3}), encoding="utf-8")
+    assert room.learn("english", **SHORT, halting="policy", depth="auto") == 0
+    assert room.learn("greek", **SHORT) == 0
+    state = json.loads((room.model() / "latest" / "state.json").read_text(encoding="utf-8"))
+    assert (state["run"]["halting"], state["run"]["depth"]) == ("policy", "auto")

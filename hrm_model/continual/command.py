@@ -9,7 +9,7 @@ from typing import Any
 
 from ..atomic import read_json
 from ..training.flags import add_flags
-from ..training.rundir import RunLock
+from ..training.rundir import LOCK_FILE, RunLock
 from .options import ContinualConfig
 from .store import ModelDirectory, describe, models_in
 from .text import check_length, read
@@ -38,7 +38,7 @@ def run(given: dict[str, Any]) -> int:
     try:
         return _run(given)
     except KeyboardInterrupt:
-        print("\nstopped before training began; nothing was lost", file=sys.stderr)
+        print("\nstopped before or after training; nothing was lost", file=sys.stderr)
         return 130
     except AlreadyLearned as told:
         print(told)
@@ -90,24 +90,24 @@ def prepare(given: dict[str, Any]) -> Lesson:
         ValueError, OSError: something about the options, the text or the model is wrong; AlreadyLearned.
     """
     given = dict(given)
-    options = ContinualConfig.of_recipe(given.pop("recipe", "base"), **given)
+    recipe = given.pop("recipe", "base")
+    options = ContinualConfig.of_recipe(recipe, **given)
     if not options.text:
         raise ValueError("no text is given; give one with --text FILE, or in a window with --gui; --list shows models")
     text = read(options.text)
     directory = choose(options, text.sha256)
-    keep(options, directory, given)
+    options = ContinualConfig.of_recipe(recipe, **kept(directory) | given)
     check_length(text, options.seq_length)
     return Lesson(options, text, directory)
 
 
-def keep(options: ContinualConfig, directory: ModelDirectory, given: dict[str, Any]) -> None:
-    """A model keeps what it began with, where the flags do not say otherwise (and are told then)."""
+def kept(directory: ModelDirectory) -> dict[str, Any]:
+    """Options that a model keeps where the flags do not say otherwise (and are told then, or set how it halts anew)."""
     if not directory.has_checkpoint():
-        return
-    config = read_json(directory.checkpoint() / "config.json")
-    for flag, key in KEPT.items():
-        if flag not in given:
-            setattr(options, flag, config[key])
+        return {}
+    checkpoint = directory.checkpoint()
+    config, run = read_json(checkpoint / "config.json"), read_json(checkpoint / "state.json")["run"]
+    return {flag: config[key] for flag, key in KEPT.items()} | {name: run[name] for name in ("halting", "depth")}
 
 
 def _remove_if_bare(directory: ModelDirectory) -> None:
@@ -135,7 +135,9 @@ def choose(options: ContinualConfig, sha256: str) -> ModelDirectory:
     if name:
         return ModelDirectory(folder / name)
     if not there:
-        return ModelDirectory(_unused(folder / FIRST))
+        # what a first lesson left that was killed before its first checkpoint is no model that could be overwritten
+        begun = (folder / FIRST / LOCK_FILE).exists()
+        return ModelDirectory(folder / FIRST if begun else _unused(folder / FIRST))
     if len(there) > 1 and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
         return _asked(folder, there, sha256)
     return there[0]

@@ -150,6 +150,18 @@ class ContinualTraining(Training):
 
     # -- what differs from other stages --------------------------------------------------------------------------
 
+    def _look_at_directory(self) -> tuple[set[str], Path | None]:
+        try:
+            return super()._look_at_directory()
+        except ValueError as error:  # its remedies are options that a lesson does not have
+            what = str(error).partition("; ")[0].removeprefix("--out ")
+            raise ValueError(
+                f"{what}; move {self.out} away, and the text begins again on what {self.lesson.directory.path} was"
+            ) from error
+
+    def _anew(self, kept: Path | None) -> str:
+        return "with --fresh" if kept else "by the same command"
+
     def _build_model(self, shape: dict[str, Any] | None) -> HRMForCausalLM:
         lesson = self.lesson
         if self.checkpoint is not None:

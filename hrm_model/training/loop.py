@@ -247,10 +247,9 @@ class Training:
                         self._save()
         except NotFiniteError as error:
             kept = latest_checkpoint(self.out) if self.ranks.is_first else None
-            anew = f"from it: --init-from {kept} --out ANOTHER" if kept else "with --overwrite"
             self._fail(
                 f"{error}. Last good checkpoint: {kept or 'none'}. Look at those samples, or start anew with a "
-                f"lower --lr or --grad-clip, {anew}"
+                f"lower --lr or --grad-clip, {self._anew(kept)}"
             )
             return EXIT_NOT_FINITE
         except DataError as error:
@@ -267,6 +266,10 @@ class Training:
         if self.ranks.is_first:
             self._print_summary()
         return 0
+
+    def _anew(self, kept: Path | None) -> str:
+        """How a run whose loss was no number begins anew; `kept` is its last good checkpoint."""
+        return f"from it: --init-from {kept} --out ANOTHER" if kept else "with --overwrite"
 
     def _fail(self, message: str) -> None:
         if self.ranks.is_first:
