@@ -15,7 +15,7 @@ from pretrain_helpers import assert_same_bits, signal_during, weights
 
 from hrm_model.atomic import beside
 from hrm_model.cli import main as hrm
-from hrm_model.continual import command
+from hrm_model.continual import command, elastic, forgetting
 from hrm_model.continual.store import ModelDirectory
 from hrm_model.continual.training import ContinualTraining
 from hrm_model.training.loop import EXIT_INTERRUPTED
@@ -186,6 +186,30 @@ def test_samples_that_are_none_are_named(room, capsys, damage, told):
     assert room.learn("greek", **SHORT, replay=0.5) == 1
     error = capsys.readouterr().err
     assert str(path) in error and re.search(told, error), error
+
+
+def test_a_penalty_whose_file_is_gone_is_named_with_a_way_out_that_works(room, capsys, monkeypatch):
+    monkeypatch.setattr(elastic, "SAMPLES", 2)
+    assert room.learn("english", **SHORT) == 0
+    more = dict(SHORT, elastic=1.0)
+    assert signal_during(room.training("greek", **more), 1, signal.SIGINT)() == EXIT_INTERRUPTED
+    path, run = room.model() / "elastic" / "002-greek.safetensors", room.model() / "runs" / "002-greek"
+    path.unlink()
+    assert room.learn("greek", **more) == 1
+    error = capsys.readouterr().err
+    assert f"{path} does not exist; the penalty holds" in error and f"move {run} away" in error
+    run.rename(room.folder / "away")
+    assert room.learn("greek", **more) == 0
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_keep_a_lesson_from_its_end(room, monkeypatch):
+    def draw(matrices, path):
+        raise OSError(f"no room for {path}")
+
+    monkeypatch.setattr(forgetting, "draw", draw)
+    with pytest.warns(RuntimeWarning, match=r"no forgetting\.png: no room for"):
+        assert room.learn("english", **SHORT) == 0
+    assert [t.status for t in ModelDirectory(room.model()).history().texts] == ["learned"]
 
 
 def test_options_that_a_paused_text_began_with_are_said_with_a_way_out_that_exists(room, capsys):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import read_json
+from ..atomic import CheckpointError, read_json
 from ..cache import free_bytes
 from ..checkpoint import OPTIMIZER, best_checkpoint, load_model
 from ..config import HRMConfig
@@ -272,7 +272,14 @@ class ContinualTraining(Training):
             return
         path = lesson.directory.elastic(lesson.number, lesson.entry.name)
         if self.checkpoint is not None:
-            elastic = Elastic.load(self.model, run.elastic, path)
+            try:
+                elastic = Elastic.load(self.model, run.elastic, path)
+            except CheckpointError as error:
+                what = str(error).partition("; ")[0]
+                raise CheckpointError(
+                    f"{what}; the penalty holds what is in it: put the file back, or move {self.out} away, and the "
+                    "text begins again"
+                ) from error
         else:
             elastic = Elastic.measured(self.model, run.elastic, self.old, self.evaluation.own_depth)
             elastic.save(path)
