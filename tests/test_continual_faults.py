@@ -255,6 +255,18 @@ def test_a_model_is_in_its_folder_and_is_seen_there(room, capsys, name):
     assert not (room.folder / "tokenizer.json").exists() and not (room.folder / "models").exists()
 
 
+def test_a_directory_of_something_else_is_not_written_to(room, capsys):
+    other = room.model("model")
+    other.mkdir(parents=True)
+    for name in ("tokenizer.json", "config.json"):
+        (other / name).write_text("{}", encoding="utf-8")
+    assert room.learn("english", **SHORT, model="model") == 1
+    assert "holds no model of characters but config.json" in capsys.readouterr().err
+    assert room.learn("english", **SHORT) == 0
+    assert sorted(path.name for path in other.iterdir()) == ["config.json", "tokenizer.json"]
+    assert (other / "tokenizer.json").read_text(encoding="utf-8") == "{}" and room.model("model-2").exists()
+
+
 @pytest.mark.parametrize("name", ("epochs", "eval_epochs", "save_epochs"))
 def test_epochs_beyond_counting_are_refused(room, capsys, name):
     assert room.learn("english", **{"steps": 2 * (name != "epochs"), name: 1e308}) == 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..atomic import read_json
 from ..training.flags import add_flags
-from ..training.rundir import LOCK_FILE, RunLock
+from ..training.rundir import RunLock
 from .options import ContinualConfig
 from .store import ModelDirectory, describe, models_in
 from .text import check_length, read
@@ -133,11 +133,17 @@ def choose(options: ContinualConfig, sha256: str) -> ModelDirectory:
     if options.fresh:
         return ModelDirectory(_unused(folder / (name or FIRST)))
     if name:
-        return ModelDirectory(folder / name)
+        named = ModelDirectory(folder / name)
+        if not named.has_checkpoint() and (foreign := named.foreign()):
+            raise ValueError(
+                f"--model {name!r}: {named.path} holds no model of characters but {', '.join(foreign[:5])}; choose "
+                "another name"
+            )
+        return named
     if not there:
         # what a first lesson left that was killed before its first checkpoint is no model that could be overwritten
-        begun = (folder / FIRST / LOCK_FILE).exists()
-        return ModelDirectory(folder / FIRST if begun else _unused(folder / FIRST))
+        begun = ModelDirectory(folder / FIRST)
+        return ModelDirectory(_unused(begun.path)) if begun.foreign() else begun
     if len(there) > 1 and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
         return _asked(folder, there, sha256)
     return there[0]

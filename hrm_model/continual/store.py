@@ -20,9 +20,11 @@ from typing import Any
 
 from ..atomic import MANIFEST, atomic_directory, read_json, read_manifest, remove_directory, write_file
 from ..checkpoint import ROLES, role_checkpoint
+from ..training.rundir import LOCK_FILE
 from .tokenizer import CharTokenizer
 
 TOKENIZER, PAUSE = "tokenizer.json", "pause"
+_OURS = (f"{TOKENIZER}*", *ROLES, PAUSE, "runs", "data", "samples", "elastic", "forgetting.*", LOCK_FILE, ".*")
 
 
 @dataclass
@@ -111,6 +113,13 @@ class ModelDirectory:
     def has_checkpoint(self) -> bool:
         """Whether there is a named checkpoint, intact or not."""
         return any((self.path / role).is_dir() for role in ROLES)
+
+    def foreign(self) -> list[str]:
+        """Names of what is there and no lesson wrote."""
+        if self.path.is_file():
+            return [self.path.name]
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [entry.name for entry in there if not any(entry.match(pattern) for pattern in _OURS)]
 
     def checkpoint(self) -> Path:
         """The first intact one of latest, best, main. Raises CheckpointError."""
