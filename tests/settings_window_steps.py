@@ -40,6 +40,10 @@ def settings(text: str) -> None:
     window.start.invoke()
     assert window.result["epochs"] == 1.5 and window.result["batch_size"] == 8 and window.result["models"] == "m"
     assert ContinualConfig.of_recipe(**window.result).steps == 0
+    window = settings_window.SettingsWindow(tkinter.Tk(), {"text": text, "steps": 100})
+    window.start.invoke()
+    assert window.result is not None, window.message.get()
+    assert ContinualConfig.of_recipe(**window.result).steps == 100
 
 
 def cancelled() -> None:

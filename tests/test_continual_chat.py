@@ -105,9 +105,12 @@ def test_unlimited_status_history_and_unknown_characters(session):
     session.command("/unlimited")
     session.set(max_new_tokens=3)
     say(session, "The \u732b and \u732b")
-    assert session.unknown == 2 and "'\u732b'" in session.command("/status")
+    assert (
+        session.unknown == 2
+        and "unknown  2 characters met that it does not have: '\u732b'\n" in session.status() + "\n"
+    )
     say(session, "The ")
-    assert session.unknown == 0
+    assert session.unknown == 0 and sum(session.tokenizer.unknown.values()) == 2, "each is counted when it is said"
     assert "english" in session.command("/status") and "The \u732b" in session.command("/history")
     assert "/mode" in session.command("/help") and "/natural" in session.command("/help")
 
@@ -181,6 +184,20 @@ def test_the_command_scores_a_model_beside_a_chain_and_people(room, capsys):
     assert found["scores"]["people"]["words"] == 100
     assert hrm(["analyze", str(room.model()), *flags[:2], "--length", "5"]) == 1
     assert "--length 5 is below its minimum 100" in capsys.readouterr().err
+
+
+def test_commands_say_what_they_do_not_know_and_what_is_too_short(room, capsys, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(ENGLISH[:500] + "\u732b" * 3, encoding="utf-8")
+    assert hrm(["analyze", str(room.model()), "--text", str(path), "--length", "100", "--samples", "1"]) == 0
+    assert "3 characters of the text are unknown" in capsys.readouterr().err
+    assert hrm(["generate", str(room.model()), "-p", "The \u732b", "--max-new-tokens", "2"]) == 0
+    assert "1 characters of the prompts are unknown" in capsys.readouterr().err
+    assert hrm(["demo", str(room.model()), "--text", "The \u732b", "--modes", "fast"]) == 0
+    assert "1 characters of --text are unknown" in capsys.readouterr().err
+    path.write_text(ENGLISH[:150], encoding="utf-8")
+    assert hrm(["analyze", str(room.model()), "--text", str(path)]) == 1
+    assert "has 150 characters; its last tenth stands for people and needs 20: give 200 up" in capsys.readouterr().err
 
 
 # -- how it thinks -----------------------------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ def test_a_file_is_read_back_and_a_changed_one_refused(tmp_path):
     (tmp_path / "t.json").write_text(text.replace("\u03b2", "\u03b3"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"was changed.*hrm recover"):
         CharTokenizer.load(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(text.replace("\u03b2", "\\ud800"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is damaged.*hrm recover"):
+        CharTokenizer.load(tmp_path / "t.json")
     (tmp_path / "t.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"is damaged.*hrm recover"):
         CharTokenizer.load(tmp_path / "t.json")

@@ -8,7 +8,7 @@
     python train/continual.py --gui                                # a window for text and settings
 
 Ctrl-C asks: pause (the same command goes on to the same bits) or stop; --on-interrupt answers beforehand. Exit status 0
-finished, 75 paused, 76 the loss was not finite, 130 stopped before training began, 1 an error.
+finished, 75 paused, 76 the loss was not finite, 130 stopped before or after training, 1 an error.
 """
 
 from __future__ import annotations

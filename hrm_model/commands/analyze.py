@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from .shared import add_model_arguments, load
+from .shared import add_model_arguments, load, tell_unknown
 
 HELP = "scores of what a model of characters writes, beside a Markov chain and people"
 
@@ -38,12 +37,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: what is wrong with the options, the text or the checkpoint, and the remedy.
     """
+    from ..continual.analysis import COPY
     from ..continual.text import read
 
     for name, least in (("length", 100), ("samples", 1), ("order", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is below its minimum {least}")
     text = read(args.text)
+    n = len(text.content)
+    if n - text.n_train < COPY:
+        raise ValueError(
+            f"{args.text} has {n:,} characters; its last tenth stands for people and needs {COPY}: give {10 * COPY} up"
+        )
     model, tokenizer = load(args)
     if model.config.n_chars is None:
         raise ValueError(f"{args.ckpt} is no model of characters; hrm analyze takes one of train/continual.py")
@@ -76,8 +81,8 @@ def analysed(model, tokenizer, content: str, args: argparse.Namespace) -> dict[s
     size = min(window // 2, 40)
     starts = [i * max(1, len(held_out) - size) // args.samples for i in range(args.samples)]
     prompts = [held_out[s : s + size] for s in starts]
-    if tokenizer.unknown:
-        print(f"{sum(tokenizer.unknown.values())} characters of the text are unknown to the model", file=sys.stderr)
+    tokenizer.encode(content)
+    tell_unknown(tokenizer, "the text")
     events = stream(
         model,
         [tokenizer.encode(p) for p in prompts],

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .shared import add_model_arguments, load
+from .shared import add_model_arguments, load, tell_unknown
 
 HELP = "how the states of a model of characters move through its reasoning cycles"
 
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if model.config.n_chars is None:
         raise ValueError(f"{args.ckpt} is no model of characters; hrm demo takes one of train/continual.py")
     ids = tokenizer.encode(text)[-model.config.block_size :]
+    tell_unknown(tokenizer, "--text")
     traces = {f"{name} {n}x{t}": trace(model.with_cycles(n, t), ids, args.steps) for name, (n, t) in pairs.items()}
     if args.json:
         print(json.dumps({name: records(found, tokenizer) for name, found in traces.items()}, ensure_ascii=False))

@@ -22,6 +22,7 @@ from .shared import (
     load,
     named_as_typed,
     sampling_of,
+    tell_unknown,
 )
 
 HELP = "continue prompts, one or a file of them"
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args)
     check_depth(args, model.config)
     ids = [_ids(text, number, args, tokenizer, model.config) for number, text in enumerate(prompts, 1)]
+    tell_unknown(tokenizer, "the prompts")
 
     from ..config import END_OF_TEXT
     from ..generate import stream

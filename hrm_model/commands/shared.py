@@ -167,3 +167,9 @@ def load(args: argparse.Namespace):
     tokenizer = get_tokenizer()
     tokenizer.check_vocabulary(config.vocab_size, args.ckpt)
     return model, tokenizer
+
+
+def tell_unknown(tokenizer, what: str) -> None:
+    """Say on stderr how many characters a model of characters has met in `what` that it does not have."""
+    if n := sum(getattr(tokenizer, "unknown", {}).values()):
+        print(f"{n} characters of {what} are unknown to this model; it reads them as U+FFFD", file=sys.stderr)

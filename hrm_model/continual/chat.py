@@ -60,11 +60,13 @@ class ContinualSession(ChatSession):
             raise ValueError("the message is empty; give the beginning of a text")
         before = sum(self.tokenizer.unknown.values())
         self.tokenizer.encode(question)
-        self.unknown = sum(self.tokenizer.unknown.values()) - before
+        counted = self.tokenizer.unknown.copy()
+        self.unknown = sum(counted.values()) - before
         pieces = [m["content"] + ("\n" if m["role"] == "assistant" else "") for m in messages]
         window = self.model.config.block_size
         budget = max(window - min(self.settings.max_new_tokens, window // 2), min(len(question), window))
         ids = self.tokenizer.encode("".join(pieces))[-budget:]
+        self.tokenizer.unknown = counted  # the whole prompt met what was counted when it was said
         earlier, shown = messages[:-1], len(ids) - len(question)
         self.left_out = 0
         for message in reversed(earlier):  # turns of which nothing is in the prompt

@@ -38,7 +38,7 @@ def run(given: dict[str, Any]) -> int:
     try:
         return _run(given)
     except KeyboardInterrupt:
-        print("\nstopped before training began; nothing was lost", file=sys.stderr)
+        print("\nstopped before or after training; nothing was lost", file=sys.stderr)
         return 130
     except AlreadyLearned as told:
         print(told)
@@ -70,15 +70,15 @@ def _run(given: dict[str, Any]) -> int:
         print(lesson.plan() + "\ndry run: nothing was written")
         return 0
     existed = directory.path.exists()
-    lock = None
+    lock = RunLock(directory.path, "--model")
     try:
+        if directory.history() != lesson.before:
+            raise ValueError(f"another process taught {directory.path} while this one started; run the command again")
         # A growth that memory cannot hold is refused before anything is written.
-        lock = RunLock(directory.path)
         print(lesson.plan(), flush=True)
         return ContinualTraining(lesson)()
     finally:
-        if lock is not None:
-            lock.close()
+        lock.close()
         if not existed and not directory.has_checkpoint():
             _remove_if_bare(directory)
 
@@ -90,24 +90,24 @@ def prepare(given: dict[str, Any]) -> Lesson:
         ValueError, OSError: something about the options, the text or the model is wrong; AlreadyLearned.
     """
     given = dict(given)
-    options = ContinualConfig.of_recipe(given.pop("recipe", "base"), **given)
+    recipe = given.pop("recipe", "base")
+    options = ContinualConfig.of_recipe(recipe, **given)
     if not options.text:
         raise ValueError("no text is given; give one with --text FILE, or in a window with --gui; --list shows models")
     text = read(options.text)
     directory = choose(options, text.sha256)
-    keep(options, directory, given)
+    options = ContinualConfig.of_recipe(recipe, **kept(directory) | given)
     check_length(text, options.seq_length)
     return Lesson(options, text, directory)
 
 
-def keep(options: ContinualConfig, directory: ModelDirectory, given: dict[str, Any]) -> None:
-    """A model keeps what it began with, where the flags do not say otherwise (and are told then)."""
+def kept(directory: ModelDirectory) -> dict[str, Any]:
+    """Options that a model keeps where the flags do not say otherwise (and are told then, or set how it halts anew)."""
     if not directory.has_checkpoint():
-        return
-    config = read_json(directory.checkpoint() / "config.json")
-    for flag, key in KEPT.items():
-        if flag not in given:
-            setattr(options, flag, config[key])
+        return {}
+    checkpoint = directory.checkpoint()
+    config, run = read_json(checkpoint / "config.json"), read_json(checkpoint / "state.json")["run"]
+    return {flag: config[key] for flag, key in KEPT.items()} | {name: run[name] for name in ("halting", "depth")}
 
 
 def _remove_if_bare(directory: ModelDirectory) -> None:
@@ -125,15 +125,25 @@ def choose(options: ContinualConfig, sha256: str) -> ModelDirectory:
         ValueError: --model names none, or --fresh one that exists.
     """
     folder, name = Path(options.models), options.model
-    if name and Path(name).name != name:
-        raise ValueError(f"--model {name!r} is no name of a directory in --models {folder}; give the name alone")
+    if name and (Path(name).name != name or name.startswith(".")):  # ".." is a name too, and not one in the folder
+        raise ValueError(
+            f"--model {name!r} is no name of a directory in --models {folder}; give the name alone, without a first dot"
+        )
     there = models_in(folder)
     if options.fresh:
         return ModelDirectory(_unused(folder / (name or FIRST)))
     if name:
-        return ModelDirectory(folder / name)
+        named = ModelDirectory(folder / name)
+        if not named.has_checkpoint() and (foreign := named.foreign()):
+            raise ValueError(
+                f"--model {name!r}: {named.path} holds no model of characters but {', '.join(foreign[:5])}; choose "
+                "another name"
+            )
+        return named
     if not there:
-        return ModelDirectory(_unused(folder / FIRST))
+        # what a first lesson left that was killed before its first checkpoint is no model that could be overwritten
+        begun = ModelDirectory(folder / FIRST)
+        return ModelDirectory(_unused(begun.path)) if begun.foreign() else begun
     if len(there) > 1 and sys.stdin and sys.stdin.isatty() and sys.stdout.isatty():
         return _asked(folder, there, sha256)
     return there[0]
@@ -150,11 +160,21 @@ def _unused(path: Path) -> Path:
 
 def _asked(folder: Path, there: list[ModelDirectory], sha256: str) -> ModelDirectory:
     """Ask which model goes on; those that have not learned this text first."""
-    there = sorted(there, key=lambda m: any(t.sha256 == sha256 and t.status == "learned" for t in m.history().texts))
+    there = sorted(there, key=lambda m: _has_learned(m, sha256))
     for number, model in enumerate(there, 1):
         print(f"{number}. {describe(model)}")
     print(f"{len(there) + 1}. a fresh model")
-    answer = input(f"which model learns this text, 1 to {len(there) + 1} (default 1): ").strip() or "1"
+    try:
+        answer = input(f"which model learns this text, 1 to {len(there) + 1} (default 1): ").strip() or "1"
+    except EOFError:
+        raise ValueError("no model was chosen; give one with --model NAME, or --fresh for a new one") from None
     if not answer.isdecimal() or not 1 <= int(answer) <= len(there) + 1:
         raise ValueError(f"{answer!r} is none of 1 to {len(there) + 1}")
     return there[int(answer) - 1] if int(answer) <= len(there) else ModelDirectory(_unused(folder / FIRST))
+
+
+def _has_learned(model: ModelDirectory, sha256: str) -> bool:
+    try:
+        return any(seen.sha256 == sha256 and seen.status == "learned" for seen in model.history().texts)
+    except ValueError:  # all of its checkpoints are damaged: the listing says so
+        return False

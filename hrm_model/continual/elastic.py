@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..atomic import beside
+from ..atomic import atomic_file
 from ..model import HRMForCausalLM
 from ..tensors import check_fit, read_tensors
 
@@ -64,12 +64,10 @@ class Elastic:
 
     def save(self, path: Path) -> None:
         """Write F and theta*, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"fisher/{name}": t.cpu() for name, t in self.information.items()}
         tensors |= {f"anchor/{name}": t.cpu() for name, t in self.anchor.items()}
-        temporary = beside(path, "tmp")
-        save_file(tensors, temporary)
-        temporary.replace(path)
+        with atomic_file(path, overwrite=True) as temporary:
+            save_file(tensors, temporary)
 
     @classmethod
     def load(cls, model: HRMForCausalLM, strength: float, path: Path):

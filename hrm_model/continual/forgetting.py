@@ -8,6 +8,7 @@ learning_j     R[j][j]
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ def write(directory: Path, names: list[str], rows: list[list[float]]) -> dict[st
     found = summary(names, rows)
     data = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     write_file(directory / FILE, data.encode("utf-8"), overwrite=True)
-    draw({"": (names, rows)}, directory / PICTURE)
+    try:
+        draw({"": (names, rows)}, directory / PICTURE)
+    except Exception as error:  # a picture is never worth a lesson, which is over once this is written
+        warnings.warn(f"no {PICTURE}: {error}", RuntimeWarning, stacklevel=2)
     return found
 
 

@@ -11,6 +11,8 @@ from ..training.recipes import TrainConfig
 from .growth import GrowthRule
 
 ON_INTERRUPT = ("ask", "pause", "stop")
+MOST_EPOCHS = 1_000_000_000
+"""More are no number of steps."""
 
 
 @dataclass
@@ -79,8 +81,10 @@ class ContinualConfig(TrainConfig):
             if getattr(self, name) < 1:
                 yield f"--{name.replace('_', '-')} {getattr(self, name)} is below its minimum 1"
         for name in ("eval_epochs", "save_epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                yield f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number"
+            if not 0 < getattr(self, name) <= MOST_EPOCHS:
+                yield f"--{name.replace('_', '-')} {getattr(self, name)} is outside 0 < epochs <= {MOST_EPOCHS:,}"
+        if self.epochs > MOST_EPOCHS:
+            yield f"--epochs {self.epochs:g} is over the limit of {MOST_EPOCHS:,}"
         if not 0 <= self.replay < 1:
             yield f"--replay {self.replay} is outside 0 <= replay < 1"
         if not 0 <= self.elastic < math.inf:

@@ -33,8 +33,11 @@ class SettingsWindow:
         self.browse = tkinter.Button(root, text="Choose ...", command=self.choose)
         self.browse.grid(row=0, column=2, padx=6)
         defaults = ContinualConfig.of_recipe("base")
+        shown = {name: getattr(defaults, name) for name, _, _ in FIELDS} | given
+        if "steps" in given and "epochs" not in given:
+            shown["epochs"] = 0.0  # --steps says how long the run is
         for row, (name, label, _) in enumerate(FIELDS, 1):
-            self.values[name] = tkinter.StringVar(root, f"{given.get(name, getattr(defaults, name)):g}")
+            self.values[name] = tkinter.StringVar(root, f"{shown[name]:g}")
             tkinter.Label(root, text=label).grid(row=row, column=0, sticky="w", padx=6, pady=3)
             tkinter.Entry(root, textvariable=self.values[name], width=8).grid(row=row, column=1, sticky="w", padx=6)
         self.fresh = tkinter.BooleanVar(root, given.get("fresh", False))

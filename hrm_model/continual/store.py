@@ -20,9 +20,11 @@ from typing import Any
 
 from ..atomic import MANIFEST, atomic_directory, read_json, read_manifest, remove_directory, write_file
 from ..checkpoint import ROLES, role_checkpoint
+from ..training.rundir import LOCK_FILE
 from .tokenizer import CharTokenizer
 
 TOKENIZER, PAUSE = "tokenizer.json", "pause"
+_OURS = (f"{TOKENIZER}*", *ROLES, PAUSE, "runs", "data", "samples", "elastic", "forgetting.*", LOCK_FILE, ".*")
 
 
 @dataclass
@@ -112,6 +114,13 @@ class ModelDirectory:
         """Whether there is a named checkpoint, intact or not."""
         return any((self.path / role).is_dir() for role in ROLES)
 
+    def foreign(self) -> list[str]:
+        """Names of what is there and no lesson wrote."""
+        if self.path.is_file():
+            return [self.path.name]
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [entry.name for entry in there if not any(entry.match(pattern) for pattern in _OURS)]
+
     def checkpoint(self) -> Path:
         """The first intact one of latest, best, main. Raises CheckpointError."""
         return role_checkpoint(self.path)
@@ -121,15 +130,22 @@ class ModelDirectory:
         return read_history(self.checkpoint()) if self.has_checkpoint() else None
 
     def tokenizer(self) -> CharTokenizer:
-        """Of tokenizer.json, which must have every id of the checkpoint. Raises ValueError, naming `hrm recover`."""
+        """The checkpoint's characters, which tokenizer.json must begin with: it is ahead until a text's first save.
+
+        Raises:
+            ValueError: it has others, is missing or damaged; names `hrm recover`.
+        """
         found = CharTokenizer.load(self.path / TOKENIZER)
         history = self.history()
-        if history is not None and not found.extends(CharTokenizer(history.characters)):
+        if history is None:
+            return found
+        made = CharTokenizer(history.characters)
+        if not found.extends(made):
             raise ValueError(
                 f"tokenizer {self.path / TOKENIZER} is of another model: its ids are not those of the checkpoint; "
                 f"rebuild it: hrm recover {self.path}"
             )
-        return found
+        return made
 
     def link(self, role: str, checkpoint: Path) -> None:
         """Let `role` be this checkpoint."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..atomic import beside
+from ..atomic import atomic_file
 from ..keyed import WINDOW_STREAM, keyed_words
 from ..text_input import read_text
-from ..training.shards import MANIFEST, Dataset, DatasetWriter, open_dataset
+from ..training.shards import Dataset, DatasetWriter, ShardError, open_dataset
 from .tokenizer import CharTokenizer
 
 
@@ -70,13 +71,13 @@ def check_length(text: Text, seq_length: int) -> None:
 
 def store(text: Text, tokenizer: CharTokenizer, out: Path) -> Dataset:
     """The text as a dataset at `out`: the first 90 % to train on, the rest to validate with. One that is there already
-    is opened, if it is of this text.
+    is opened, if it is of this text and whole.
 
     Raises:
         OSError, ValueError: it cannot be written.
     """
     fingerprint = hashlib.sha256(f"{text.sha256} {tokenizer.sha256}".encode()).hexdigest()
-    if (out / MANIFEST).exists():
+    with suppress(ShardError):
         found = open_dataset(out, verify=True)
         if found.manifest["fingerprint"] == fingerprint:
             return found
@@ -97,24 +98,19 @@ def store(text: Text, tokenizer: CharTokenizer, out: Path) -> Dataset:
 
 def keep_samples(dataset: Dataset, n: int, seq_length: int, seed: int, path: Path) -> None:
     """Write `n` sequences of the training split, uint16 [n, seq_length + 1] at places drawn by (seed, number), to
-    `path`: all that replay will know of the text. Nothing is written where a file is already."""
-    if path.exists():
-        return
+    `path`: all that replay will know of the text. What is there may be of a text that was never begun."""
     split = dataset.split("train")
     places = len(split) - seq_length
     n = min(n, places)
     starts = (keyed_words(seed, 0, max(n, 1), WINDOW_STREAM)[:n, 0] % np.uint64(places)).astype(np.int64)
     whole = split.read(0, len(split))
     rows = np.lib.stride_tricks.sliding_window_view(whole, seq_length + 1)[starts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path, "tmp")
-    with open(temporary, "wb") as file:
+    with atomic_file(path, overwrite=True) as temporary, open(temporary, "wb") as file:
         np.save(file, rows, allow_pickle=False)
-    temporary.replace(path)
 
 
-def read_samples(path: Path) -> np.ndarray:
-    """What keep_samples() wrote. Raises ValueError where it is missing or damaged."""
+def read_samples(path: Path, seq_length: int, n_chars: int) -> np.ndarray:
+    """What keep_samples() wrote. Raises ValueError where it is missing, damaged or of another model."""
     try:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -122,6 +118,11 @@ def read_samples(path: Path) -> np.ndarray:
             f"the samples {path} of an earlier text cannot be read ({error}); put the file back, or use --replay 0 and "
             "--elastic 0, which need none"
         ) from error
-    if rows.ndim != 2 or rows.dtype != np.uint16:
-        raise ValueError(f"{path} holds no samples but {rows.dtype} of shape {rows.shape}; put the right file back")
+    if rows.ndim != 2 or rows.dtype != np.uint16 or not len(rows) or rows.shape[1] != seq_length + 1:
+        raise ValueError(
+            f"{path} holds no samples of {seq_length + 1} characters but {rows.dtype} of shape {rows.shape}; put the "
+            "right file back"
+        )
+    if rows.max() >= n_chars:
+        raise ValueError(f"{path} holds the character id {rows.max()}, outside 0..{n_chars - 1}; put the file back")
     return rows

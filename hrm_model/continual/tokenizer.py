@@ -116,10 +116,11 @@ class CharTokenizer:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             made = cls("".join(found["characters"]))
+            changed = made.sha256 != found.get("sha256")
         except FileNotFoundError:
             raise ValueError(f"tokenizer {path} is missing; {remedy}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"tokenizer {path} is damaged ({error!r:.80}); {remedy}") from error
-        if made.sha256 != found.get("sha256"):
+        if changed:
             raise ValueError(f"tokenizer {path} was changed: its characters are not those of its sha256; {remedy}")
         return made

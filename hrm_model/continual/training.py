@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import read_json
+from ..atomic import CheckpointError, read_json
 from ..cache import free_bytes
 from ..checkpoint import OPTIMIZER, best_checkpoint, load_model
 from ..config import HRMConfig
@@ -20,19 +20,20 @@ from ..training.device import autocast
 from ..training.evaluation import Evaluation
 from ..training.loop import EXIT_INTERRUPTED, Training
 from ..training.sampler import validation_windows
-from ..training.shards import Dataset, open_dataset
+from ..training.shards import Dataset, ShardError, open_dataset
 from ..training.stage_data import StageData
 from ..training.validation import Validation
 from . import forgetting
 from .elastic import Elastic
 from .growth import LayerPlan, grow, grow_optimizer, rows_for
 from .options import ContinualConfig
-from .store import PAUSE, TOKENIZER, Growth, History, ModelDirectory, Seen
+from .store import PAUSE, TOKENIZER, Growth, History, ModelDirectory, Seen, read_history
 from .text import Text, keep_samples, read_samples, store
 from .tokenizer import CharTokenizer
 from .windows import TextWindows
 
-KEPT = {"seq_length": "block_size", "n_cycles": "hrm_H_cycles", "t_steps": "hrm_L_cycles", "loss": "loss"}
+KEPT = {"seq_length": "block_size", "n_cycles": "hrm_H_cycles", "t_steps": "hrm_L_cycles"}
+KEPT |= {"loss": "loss", "dropout": "dropout"}
 """Options that a model keeps, by the field of its configuration."""
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and two moments, float32."""
@@ -133,6 +134,7 @@ class ContinualTraining(Training):
     """The common loop on a lesson."""
 
     GO_ON = "the same command goes on"
+    ANEW = "begin a new model with --fresh"
 
     def __init__(self, lesson: Lesson):
         self.lesson, run = lesson, lesson.options
@@ -148,9 +150,22 @@ class ContinualTraining(Training):
 
     # -- what differs from other stages --------------------------------------------------------------------------
 
+    def _look_at_directory(self) -> tuple[set[str], Path | None]:
+        try:
+            return super()._look_at_directory()
+        except ValueError as error:  # its remedies are options that a lesson does not have
+            what = str(error).partition("; ")[0].removeprefix("--out ")
+            raise ValueError(
+                f"{what}; move {self.out} away, and the text begins again on what {self.lesson.directory.path} was"
+            ) from error
+
+    def _anew(self, kept: Path | None) -> str:
+        return "with --fresh" if kept else "by the same command"
+
     def _build_model(self, shape: dict[str, Any] | None) -> HRMForCausalLM:
         lesson = self.lesson
         if self.checkpoint is not None:
+            lesson.history = self._history_of_run(self.checkpoint)
             config = HRMConfig.from_dict(read_json(self.checkpoint / "config.json"))
             return HRMForCausalLM(config).to(self.device)
         if lesson.before is None:
@@ -167,6 +182,16 @@ class ContinualTraining(Training):
             total = lesson.history.total
             lesson.history.growths.append(Growth(total, layers.L, layers.H, layers.parameters, lesson.growths))
         return grow(model, lesson.tokenizer.n_vocab, layers.L, layers.H)
+
+    @staticmethod
+    def _history_of_run(checkpoint: Path) -> History:
+        """Killed between a save and its links, a run knows more than the checkpoints by name: growth, a row of the
+        matrix. Killed while it was finished, it is finished again."""
+        history = read_history(checkpoint)
+        if history.texts[-1].status != "learning":
+            history.texts[-1].status = "learning"
+            history.losses.pop()
+        return history
 
     def _check_kept(self, config: HRMConfig) -> None:
         """A model keeps what it began with."""
@@ -190,6 +215,8 @@ class ContinualTraining(Training):
 
     def _open_data(self) -> StageData:
         run, lesson = self.run, self.lesson
+        for number, seen in enumerate(lesson.history.texts[:-1], 1):
+            self._dataset(number, seen)  # the matrix needs it: better said now than when the text is learned
         lesson.directory.path.mkdir(parents=True, exist_ok=True)
         lesson.tokenizer.save(lesson.directory.path / TOKENIZER)
         dataset = store(lesson.text, lesson.tokenizer, lesson.directory.data(lesson.number, lesson.entry.name))
@@ -207,8 +234,19 @@ class ContinualTraining(Training):
     def _earlier(self) -> list[np.ndarray]:
         """Stored samples of each text before this one."""
         texts = self.lesson.history.texts[: self.lesson.number - 1]
-        found = [read_samples(self.lesson.directory.samples(n, t.name)) for n, t in enumerate(texts, 1)]
-        return [rows[:, : self.run.seq_length + 1] for rows in found]
+        paths = [self.lesson.directory.samples(n, t.name) for n, t in enumerate(texts, 1)]
+        return [read_samples(path, self.run.seq_length, self.tokenizer.n_vocab) for path in paths]
+
+    def _dataset(self, number: int, text: Seen) -> Dataset:
+        path = self.lesson.directory.data(number, text.name)
+        try:
+            return open_dataset(path, verify=True)
+        except ShardError as error:
+            what = str(error).rpartition("; run ")[0]  # its remedy is that of datasets of another tokenizer
+            raise ValueError(
+                f"text {number}, {text.name}, has no whole copy in the model's directory, and the matrix of losses "
+                f"needs it: {what}; put {path} back, or {self.ANEW}"
+            ) from error
 
     def _validation(self, dataset: Dataset, config: HRMConfig) -> Validation:
         windows = validation_windows([dataset], self.run.seq_length, self._windows_of(dataset), config.vocab_size)
@@ -234,7 +272,14 @@ class ContinualTraining(Training):
             return
         path = lesson.directory.elastic(lesson.number, lesson.entry.name)
         if self.checkpoint is not None:
-            elastic = Elastic.load(self.model, run.elastic, path)
+            try:
+                elastic = Elastic.load(self.model, run.elastic, path)
+            except CheckpointError as error:
+                what = str(error).partition("; ")[0]
+                raise CheckpointError(
+                    f"{what}; the penalty holds what is in it: put the file back, or move {self.out} away, and the "
+                    "text begins again"
+                ) from error
         else:
             elastic = Elastic.measured(self.model, run.elastic, self.old, self.evaluation.own_depth)
             elastic.save(path)
@@ -251,13 +296,17 @@ class ContinualTraining(Training):
 
     def _save(self) -> None:
         super()._save()
+        self._link()
+
+    def _link(self) -> None:
+        """Let the checkpoints by name be what was saved; latest comes last, as the one that is asked what is done."""
         directory = self.lesson.directory
-        directory.link("latest", self.saved)
         best = best_checkpoint(self.out)
         if best is not None and (best == self.saved or best != self._best):
             directory.link("best", best)
             self._best = best
         directory.unlink(PAUSE)
+        directory.link("latest", self.saved)
 
     # -- the whole lesson ----------------------------------------------------------------------------------------
 
@@ -290,16 +339,14 @@ class ContinualTraining(Training):
     def _finish(self, status: str) -> None:
         """Measure what is left of every text, and let the result be main."""
         lesson, history = self.lesson, self.lesson.history
-        if lesson.entry.status != status:
-            lesson.entry.status = status
-            history.losses.append(self._losses(self.model, history.texts))
-            self._save()
-            lesson.directory.link("main", self.saved)
+        lesson.entry.status = status
+        history.losses.append(self._losses(self.model, history.texts))
+        super()._save()
         names = [f"{n}. {t.name}" for n, t in enumerate(history.texts, 1)]
-        rows = history.losses
-        if len(rows) == len(names):
-            forgetting.write(lesson.directory.path, names, rows)
-            self._say("loss on each text's validation split:\n" + forgetting.table(names, rows))
+        forgetting.write(lesson.directory.path, names, history.losses)
+        lesson.directory.link("main", self.saved)
+        self._link()  # after all else: until latest says that the text is over, the same command comes here again
+        self._say("loss on each text's validation split:\n" + forgetting.table(names, history.losses))
         self._say(f"model      {lesson.directory.path} (latest, best, main)")
 
     def _losses(self, model: HRMForCausalLM, texts: list[Seen]) -> list[float]:
@@ -307,8 +354,7 @@ class ContinualTraining(Training):
         own = Evaluation(self.run, model, [], self.dtype, tokenizer=self.tokenizer).own_depth
         rule, found = "head" if own is None else f"fixed:{own}", []
         for number, text in enumerate(texts, 1):
-            dataset = open_dataset(self.lesson.directory.data(number, text.name), verify=True)
-            validation = self._validation(dataset, model.config)
+            validation = self._validation(self._dataset(number, text), model.config)
             reading = validation.read(model, self.run.batch_size, lambda: autocast(self.device, self.dtype))
             found.append(reading.loss(reading.executed(rule=rule)))
         return found

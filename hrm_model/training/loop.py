@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..atomic import read_json
+from ..atomic import read_json, remove_leftovers
 from ..checkpoint import (
     best_checkpoint,
     latest_checkpoint,
@@ -67,6 +67,7 @@ class Training:
     """
 
     GO_ON = "continue with --resume auto"
+    ANEW = "start a new run with --init-from and another --out"
     tokenizer = None
     """Of the samples; None is GPT-2's."""
 
@@ -158,6 +159,8 @@ class Training:
         return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.data.datasets]
 
     def _look_at_directory(self) -> tuple[set[str], Path | None]:
+        # what a killed save moved aside comes back now: between the two looks it would be another process's doing
+        remove_leftovers(self.out / "checkpoints")
         return contents(self.out), find_checkpoint(self.out, self.run.resume, self.run.overwrite)
 
     def _take_directory(self) -> None:
@@ -178,7 +181,7 @@ class Training:
             raise ValueError(
                 f"cannot resume {path}: the command differs from the run's:\n  "
                 + "\n  ".join(changed)
-                + "\ngive the same options, or start a new run with --init-from and another --out"
+                + f"\ngive the same options, or {self.ANEW}"
             )
         state = load_checkpoint(path, self.model, self.optimizer)
         if self.average is not None:
@@ -195,7 +198,7 @@ class Training:
                 stacklevel=2,
             )
         self.step, self.val_loss = state["step"], state["val_loss"]
-        self.saved_step = self.step
+        self.saved, self.saved_step = path, self.step
         self.price.value = state["price"]
         self.start_loss, self.ended_early = state.get("start_loss"), state.get("ended_early", False)
         self._say(f"resumed from {path} (step {self.step})")
@@ -244,10 +247,9 @@ class Training:
                         self._save()
         except NotFiniteError as error:
             kept = latest_checkpoint(self.out) if self.ranks.is_first else None
-            anew = f"from it: --init-from {kept} --out ANOTHER" if kept else "with --overwrite"
             self._fail(
                 f"{error}. Last good checkpoint: {kept or 'none'}. Look at those samples, or start anew with a "
-                f"lower --lr or --grad-clip, {anew}"
+                f"lower --lr or --grad-clip, {self._anew(kept)}"
             )
             return EXIT_NOT_FINITE
         except DataError as error:
@@ -264,6 +266,10 @@ class Training:
         if self.ranks.is_first:
             self._print_summary()
         return 0
+
+    def _anew(self, kept: Path | None) -> str:
+        """How a run whose loss was no number begins anew; `kept` is its last good checkpoint."""
+        return f"from it: --init-from {kept} --out ANOTHER" if kept else "with --overwrite"
 
     def _fail(self, message: str) -> None:
         if self.ranks.is_first:

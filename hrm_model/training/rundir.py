@@ -72,11 +72,14 @@ def make_directory(out: Path, overwrite: bool) -> None:
 class RunLock:
     """Keeps a second process out of a run's directory. The system gives the lock back when its process ends, however.
 
+    Args:
+        flag: what names the directory on the command line.
+
     Raises:
         ValueError: another process holds it; names its id.
     """
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, flag: str = "--out"):
         out.mkdir(parents=True, exist_ok=True)
         self._file = open(out / LOCK_FILE, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         if fcntl is None:  # no such locks on Windows
@@ -88,7 +91,7 @@ class RunLock:
             holder = self._file.read().strip() or "of an unknown id"
             self._file.close()
             raise ValueError(
-                f"--out {out} is in use: process {holder} trains there; wait for it, stop it, or choose another --out"
+                f"{flag} {out} is in use: process {holder} trains there; wait for it, stop it, or choose another {flag}"
             ) from None
         except OSError as error:  # a file system without locks
             warnings.warn(f"{out} cannot be locked ({error}); start no second run in it", RuntimeWarning, stacklevel=2)
