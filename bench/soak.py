@@ -1,21 +1,21 @@
 """Does a long run stay as it began? Trains the tiny recipe for half an hour, stopped and resumed every few minutes.
 
-    python bench/soak.py                          # 30 minutes, a SIGTERM and --resume auto every 10
+    python bench/soak.py                          # 30 minutes, a SIGTERM and --resume auto every 5
     python bench/soak.py --minutes 2 --every 0.5  # a look at it
     python bench/soak.py --save
 
-Every few seconds it looks at the training process: resident memory, open files, threads. Of each of its lives all up to
-the eighth evaluation is setting up: the first picture opens fonts, which stay open, and the C library's allocator comes
-to hold what the largest of evaluations, samples, pictures and saves need at their worst order (one life of 40
-evaluations: 712 MB in the first 8, 755 up to the 15th, then 760 to 782, up and down). After that all three must stay
-where they are, evaluations, pictures and checkpoints included, and each life must go on at the step at which the one
-before stopped. The last line is JSON; exit status 1 where something grew or a step was lost.
+Every few seconds it looks at the training process: resident memory, open files, threads. The process gives back what it
+frees at once (glibc's MALLOC_MMAP_THRESHOLD_), so that memory is what is held, not what the allocator keeps for later.
+Of each of its lives all up to the third evaluation is setting up: the first picture opens fonts, which stay open. After
+that all three must stay where they are, evaluations, pictures and checkpoints included, and each life must go on at the
+step at which the one before stopped. The last line is JSON; exit status 1 where something grew or a step was lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -35,10 +35,11 @@ from bench.common import environment, positive, print_table, save
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "pretrain.py"
 FLAGS = "--recipe tiny --steps 1000000 --eval-every 20 --save-every 20 --log-every 5 --ema 0.999 --resume auto"
 STOPPED = 75
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 GROWTH = 0.05
-"""Share of its memory by which a life may be larger in its last quarter than in its first: the allocator's."""
+"""Share of its memory by which a life's last quarter may be above its first: looks fall on other parts of a step."""
 PAUSE_S = 2.0
-SETTING_UP, EVALUATIONS = 8, 24
+SETTING_UP, EVALUATIONS = 3, 9
 """Evaluations until a life is judged; those that it sees at least, however slow the machine is."""
 
 
@@ -59,7 +60,7 @@ def live(out: Path, data: list[str], seconds: float) -> dict[str, Any]:
     command = [sys.executable, str(SCRIPT), *FLAGS.split(), "--out", str(out), *(["--data", *data] if data else [])]
     log = open(out.parent / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
     begin, seen, before = time.monotonic(), [], len(steps_of(out, "eval"))
-    with log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+    with log, subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ALLOCATOR) as process:
         evaluations = 0
         while process.poll() is None and (time.monotonic() - begin < seconds or evaluations < EVALUATIONS):
             time.sleep(PAUSE_S)
@@ -101,9 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--every",
         type=float,
-        default=10.0,
+        default=5.0,
         metavar="N",
-        help="minutes of a life, or 24 evaluations if those take longer; default: 10",
+        help=f"minutes of a life, or {EVALUATIONS} evaluations if those take longer; default: 5",
     )
     add("--data", nargs="+", default=[], metavar="DIR", help="prepared datasets; default: data/stdlib")
     add("--save", action="store_true", help="append the record to bench/results/soak.jsonl")

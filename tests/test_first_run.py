@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import numpy as np
@@ -46,3 +47,16 @@ def test_it_learns_and_leaves_metrics_a_picture_checkpoints_and_its_origin(
     ):
         assert expected in printed
     assert "MFU" not in printed, "a CPU's peak is not known"
+
+
+def test_figures_do_not_gather(small_dataset, small_model, tmp_path):
+    from matplotlib.figure import Figure
+
+    gc.collect()
+    gc.disable()  # left to itself Python would collect them, sooner or later
+    try:
+        assert main(short_run(small_dataset, small_model, tmp_path / "run")) == 0
+    finally:
+        gc.enable()
+    assert len(records(tmp_path / "run", "eval")) == 2
+    assert sum(type(found) is Figure for found in gc.get_objects()) <= 1, "matplotlib itself keeps the newest"

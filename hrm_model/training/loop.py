@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import sys
 import warnings
@@ -426,6 +427,8 @@ class Training:
         except Exception as error:  # a picture is never worth a training run
             remedy = "; pip install 'hrm-kernels[plot]'" if isinstance(error, ImportError) else ""
             warnings.warn(f"no dashboard.png: {error}{remedy}", RuntimeWarning, stacklevel=2)
+        # a figure is 16,000 objects in cycles, with buffers of 5 MB: left to itself Python collects them by the dozen
+        gc.collect()
 
     def _draw_picture(self, path: Path, title: str) -> None:
         """Raises ImportError where matplotlib is missing."""
