@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from pathlib import Path
 
@@ -39,9 +40,10 @@ def read_text(path: str) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        likely = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         raise ValueError(
             f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,} of {len(data):,}; "
-            f"convert it first, e.g. iconv -f latin1 -t utf-8"
+            f"convert it first, e.g. iconv -f {likely} -t utf-8"
         ) from error
 
 

@@ -255,6 +255,7 @@ def test_steps_are_shown_by_marks_where_there_are_no_colours(hrm, saved):
         ("--file none.txt", "none.txt: No such file or directory"),
         ("--file .", ".: Is a directory"),
         ("--file latin1.txt", r"latin1.txt is not UTF-8: byte 0xe9 at offset 5 of 7; convert it first, e.g. iconv"),
+        ("--file wide.txt", "byte 0xff at offset 0 of 8; convert it first, e.g. iconv -f utf-16"),
         ("--file gap.txt", "line 2 of gap.txt is empty; every line is a prompt"),
         ("--file zero.txt", "zero.txt has no text"),
         ("--file zero.txt --whole", "prompt 1 of 1 is empty"),
@@ -283,6 +284,7 @@ def test_steps_are_shown_by_marks_where_there_are_no_colours(hrm, saved):
 def test_what_is_wrong_with_a_command_is_one_line_with_the_remedy(hrm, saved, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin1.txt").write_bytes(b"one\nt\xe9\xe8")
+    (tmp_path / "wide.txt").write_text("one", encoding="utf-16")
     (tmp_path / "gap.txt").write_text("one\n\ntwo\n")
     (tmp_path / "zero.txt").write_text("")
     (tmp_path / "long.txt").write_text(" a" * 200 + "\n")

@@ -160,8 +160,9 @@ class Training:
         return [{"path": str(d.path), **{key: d.manifest[key] for key in keys}} for d in self.data.datasets]
 
     def _look_at_directory(self) -> tuple[set[str], Path | None]:
-        # what a killed save moved aside comes back now: between the two looks it would be another process's doing
-        remove_leftovers(self.out / "checkpoints")
+        if not self.run.dry_run:
+            # what a killed save moved aside comes back now: between the two looks it would be another process's doing
+            remove_leftovers(self.out / "checkpoints")
         return contents(self.out), find_checkpoint(self.out, self.run.resume, self.run.overwrite)
 
     def _take_directory(self) -> None:
