@@ -202,7 +202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"of {', '.join(SYSTEMS)}",
     )
-    add("--lora-lr", type=float, default=1e-3, metavar="X", help="learning rate of the adapters; default: 0.001")
+    add("--lora-lr", type=float, default=3e-4, metavar="X", help="learning rate of the adapters; default: 0.0003")
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--workers", type=positive, default=2, metavar="N", help="processes of one thread each; default: 2")
     add("--save", action="store_true", help="append the record to bench/results/hybrid.jsonl")
