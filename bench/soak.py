@@ -4,7 +4,7 @@
     python bench/soak.py --minutes 2 --every 0.5  # a look at it
     python bench/soak.py --save
 
-Every few seconds it looks at the training process: resident memory, open files, threads. The process gives back what it
+Twice a second it looks at the training process: resident memory, open files, threads. The process gives back what it
 frees at once (glibc's MALLOC_MMAP_THRESHOLD_), so that memory is what is held, not what the allocator keeps for later.
 Of each of its lives all up to the third evaluation is setting up: the first picture opens fonts, which stay open. After
 that all three must stay where they are, evaluations, pictures and checkpoints included, and each life must go on at the
@@ -37,8 +37,8 @@ FLAGS = "--recipe tiny --steps 1000000 --eval-every 20 --save-every 20 --log-eve
 STOPPED = 75
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 GROWTH = 0.05
-"""Share of its memory by which a life's last quarter may be above its first: looks fall on other parts of a step."""
-PAUSE_S = 2.0
+"""Share of its memory by which a life's last quarter may be above its first."""
+PAUSE_S = 0.5
 SETTING_UP, EVALUATIONS = 3, 9
 """Evaluations until a life is judged; those that it sees at least, however slow the machine is."""
 
@@ -81,13 +81,14 @@ def steps_of(out: Path, kind: str) -> list[int]:
 
 
 def judge(life: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of a life: medians of its first and of its last quarter after setting up."""
+    """Numbers of a life's first and last quarter after setting up: the least memory, which is what is held between two
+    steps (a step takes up to a sixth more, and looks fall anywhere in it), medians of files and threads."""
     seen = life["seen"]
     quarter = max(1, len(seen) // 4)
     found = {"last_step": life["last"], "status": life["status"]}
-    for name in ("mb", "files", "threads"):
-        early = float(np.median([s[name] for s in seen[:quarter]]))
-        late = float(np.median([s[name] for s in seen[-quarter:]]))
+    for name, which in (("mb", np.min), ("files", np.median), ("threads", np.median)):
+        early = float(which([s[name] for s in seen[:quarter]]))
+        late = float(which([s[name] for s in seen[-quarter:]]))
         found |= {name: early, f"{name}_late": late}
     found["grew"] = found["mb_late"] > found["mb"] * (1 + GROWTH)
     found["grew"] |= any(found[f"{name}_late"] > found[name] for name in ("files", "threads"))
